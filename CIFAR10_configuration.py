@@ -1,0 +1,191 @@
+"""What a run is: its hyperparameters with their reasons, the three settings, their options, its record in results/."""
+import argparse
+import csv
+import dataclasses
+import difflib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+RESULTS = Path('results')  # holds a folder for each run
+HISTORY = ('epoch', 'learning_rate', 'train_loss', 'train_accuracy', 'val_loss', 'val_accuracy', 'seconds')
+CLASSES = ('plane', 'car', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence that says what is wrong and what to do."""
+
+
+def option(f):
+    """The command-line option of a field."""
+    return '--' + f.name.replace('_', '-')
+
+
+def nearest(word, words):
+    """Ends a sentence about an unknown word with the word that was probably meant."""
+    near = difflib.get_close_matches(word, words, 1)
+    return f": did you mean {near[0]}?" if near else "; see --help."
+
+
+def check(name, value, allowed):
+    """Raise UserError unless value is one of the choices, or within the interval, that allowed gives."""
+    if isinstance(allowed, tuple):
+        if value not in allowed:
+            raise UserError(f"{name} must be one of {', '.join(allowed)}, not {value}{nearest(str(value), allowed)}")
+    else:
+        low, high = (float(bound) for bound in allowed[1:-1].split(','))
+        if not (low < value < high or value == low and allowed[0] == '[' or value == high and allowed[-1] == ']'):
+            raise UserError(f"{name} must be within {allowed}, not {value}; see --help.")
+
+
+def check_name(name, value):
+    """Raise UserError unless value can name a folder or file anywhere: letters, digits, '-', '_' and inner dots."""
+    if not re.fullmatch(r'\w[\w-]*(\.[\w-]+)*', value) or len(value) > 100:
+        raise UserError(f"{name} must be made of letters, digits, '-', '_' and inner dots, not {value!r}.")
+
+
+def field(default, allowed, reason, models=('mlp', 'lenet5', 'resnet32')):
+    """A hyperparameter: its choices or its interval, as in '[0, 1)'; the reason for it; the models that have it."""
+    return dataclasses.field(default=default, metadata=dict(allowed=allowed, reason=reason, models=models))
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """All that decides how a run ends. Raises UserError for a value outside what its field allows."""
+    model: str = field('resnet32', ('mlp', 'lenet5', 'resnet32'), "which of the three settings")
+    dataset: str = field('cifar10', ('cifar10', 'synthetic'), "synthetic: drawn by the program, needs no download")
+    holdout: int = field(0, '[0, 50000)', "validate on so many training images; 0: on the test images, as on the slides")
+    seed: int = field(0, '[0, 1000000]', "decides initialization, order, augmentation, dropout and holdout")
+    hidden: tuple = field((1024, 512), '[1, 100000]', "units of each hidden layer", ('mlp',))
+    dropout: float = field(0.0, '[0, 1)', "share of the hidden units silenced in a training step", ('mlp',))
+    activation: str = field('relu', ('sigmoid', 'tanh', 'relu', 'leaky_relu', 'maxout', 'elu'),
+                            "ReLU does not saturate: gradients reach the first layer", ('mlp', 'lenet5'))
+    initialization: str = field('he_normal', ('xavier_normal', 'he_normal'),
+                                "He: keeps the variance through ReLU layers", ('mlp', 'lenet5'))
+    epochs: int = field(164, '[1, 100000]', "64k steps of 128 images, He et al. 2016, section 4.2")
+    batch_size: int = field(128, '[1, 50000]', "images a step; 1: stochastic, 50000: full-batch gradient descent")
+    optimizer: str = field('sgd', ('sgd', 'adam'), "SGD with momentum, as in He et al. 2016")
+    learning_rate: float = field(0.1, '(0, inf)', "of the first step, He et al. 2016")
+    momentum: float = field(0.9, '[0, 1)', "He et al. 2016; with Adam its beta 1")
+    weight_decay: float = field(1e-4, '[0, inf)', "lambda of the L2 penalty, He et al. 2016")
+    max_norm: float = field(0.0, '[0, inf)', "weight restriction: c of |w|^2 < c for every unit; 0: none")
+    learning_rate_decay: str = field('step', ('step', 'cosine', 'none'), "large steps find the valley, small ones its floor")
+    milestones: tuple = field((0.5, 0.75), '(0, 1)', "step decay: parts of the training after which the rate drops")
+    gamma: float = field(0.1, '(0, 1)', "step decay: factor of each drop")
+    patience: int = field(20, '[1, inf)', "epochs without a better one that stop the training, after the last drop")
+    device: str = field('auto', ('auto', 'cpu', 'cuda', 'mps'), "auto: the GPU where there is one")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(f.default, tuple):
+                object.__setattr__(self, f.name, tuple(value))  # JSON and the command line give lists
+            for item in value if isinstance(f.default, tuple) else [value]:
+                check(option(f), item, f.metadata['allowed'])
+
+
+# The three settings of the report.
+SETTINGS = {
+    'mlp': Configuration('mlp', epochs=40, learning_rate=0.01, learning_rate_decay='cosine', weight_decay=5e-4),
+    'lenet5': Configuration('lenet5', epochs=60, batch_size=64, optimizer='adam', learning_rate=0.002, weight_decay=0.0,
+                            learning_rate_decay='cosine', initialization='xavier_normal'),
+    'resnet32': Configuration('resnet32'),  # as the report demands, the rest as in He et al. 2016
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with the option that all scripts share, whose errors are UserErrors of one sentence."""
+
+    def __init__(self, description, **kwargs):
+        super().__init__(description=description, allow_abbrev=False, **kwargs)
+        self.add_argument('--data-dir', type=Path, default=Path('dataset'), help="folder of the images (default: dataset)")
+
+    def error(self, message):
+        raise UserError(f"{message[:1].upper()}{message[1:]}; see --help.")
+
+    def parse_args(self, arguments=None):
+        options, unknown = self.parse_known_args(arguments)
+        if unknown:
+            raise UserError(f"There is no option {unknown[0]}{nearest(unknown[0].split('=')[0], self._option_string_actions)}")
+        if options.data_dir.exists() and not options.data_dir.is_dir():
+            raise UserError(f"--data-dir {options.data_dir} is a file: name the folder that holds the images.")
+        return options
+
+
+def parse_configuration(arguments=None):
+    """The Configuration and the other options that CIFAR10_train.py's command line asks for.
+
+    Every field of Configuration is an option; its default is that of the chosen model's setting.
+    """
+    chosen = Parser(None, add_help=False)
+    chosen.add_argument('--model', default='resnet32')
+    model = chosen.parse_known_args(arguments)[0].model
+    check('--model', model, tuple(SETTINGS))
+
+    parser = Parser("Train one of the three settings on CIFAR-10; the run is kept in results/NAME/.")
+    parser.add_argument('--name', help="name of the run (default: the model)")
+    for f in dataclasses.fields(Configuration):
+        default, many = getattr(SETTINGS[model], f.name), isinstance(f.default, tuple)
+        allowed, models = f.metadata['allowed'], f.metadata['models']
+        metavar = '{%s}' % ','.join(allowed) if isinstance(allowed, tuple) else f.name.upper()
+        shown = f"default: {' '.join(map(str, default)) if many else default}" if model in models else f"not for {model}"
+        parser.add_argument(option(f), type=type(f.default[0] if many else f.default), nargs='+' if many else None,
+                            default=argparse.SUPPRESS, metavar=metavar, help=f"{f.metadata['reason']} ({shown})")
+    options = parser.parse_args(arguments)
+    options.name = options.name or model
+    check_name('--name', options.name)
+    given = {f.name: vars(options).pop(f.name) for f in dataclasses.fields(Configuration) if f.name in options}
+    for f in dataclasses.fields(Configuration):
+        if f.name in given and model not in f.metadata['models']:
+            raise UserError(f"{model} has no option {option(f)}: leave it out, or choose --model {f.metadata['models'][0]}.")
+    return dataclasses.replace(SETTINGS[model], **given), options
+
+
+@dataclasses.dataclass
+class Run:
+    """The record of a run, results/<name>/: its configuration, its machine and a dict for each epoch so far.
+
+    The history's accuracies are in percent, its seconds are those of training since the run's start.
+    """
+    folder: Path
+    config: Configuration
+    machine: dict
+    history: list = dataclasses.field(default_factory=list)
+
+    @property
+    def best(self):
+        """The early-stopping epoch: the first one with the highest validation accuracy."""
+        return max(self.history, key=lambda row: row['val_accuracy'])
+
+    def write(self):
+        """Write config.json and history.csv."""
+        record = dict(configuration=dataclasses.asdict(self.config), machine=self.machine)
+        (self.folder / 'config.json').write_text(json.dumps(record, indent=1), encoding='utf-8')
+        with open(self.folder / 'history.csv', 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, HISTORY)
+            writer.writeheader()
+            writer.writerows(self.history)
+
+    @staticmethod
+    def read(folder):
+        """The run in a folder. Raises UserError where its record is damaged, cut short or still empty."""
+        try:
+            record = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+            with open(folder / 'history.csv', newline='', encoding='utf-8') as file:
+                history = [{name: float(row[name]) for name in HISTORY} for row in csv.DictReader(file)]
+            if not history or not all(math.isfinite(number) for row in history for number in row.values()):
+                raise ValueError("history.csv has no epochs, or one without numbers")
+            return Run(folder, Configuration(**record['configuration']), dict(record['machine']), history)
+        except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+            raise UserError(f"{folder} holds no readable run ({error}): mend or move it.") from None
+
+
+def run_script(main):
+    """Call a script's main function; a UserError ends it with its sentence on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

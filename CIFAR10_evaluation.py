@@ -1,0 +1,287 @@
+"""From results/ to figures and the report, from weights to accuracies and predictions.
+
+    python CIFAR10_evaluation.py                                  results/report.html from all runs
+    python CIFAR10_evaluation.py --model lenet5 --weights FILE    accuracy of any weights
+    python CIFAR10_evaluation.py --predict FILE ...               class of any picture
+    python CIFAR10_evaluation.py --submit StudentID_Name          StudentID_Name.zip to hand in
+"""
+import base64
+import html
+import json
+import zipfile
+from pathlib import Path
+
+import torch
+import torchvision.transforms.functional as TF
+from matplotlib.figure import Figure
+from torchvision.io import ImageReadMode, decode_image
+
+from CIFAR10_configuration import RESULTS, SETTINGS, Parser, Run, UserError, check, check_name, run_script
+from CIFAR10_train import build_model, choose_device, evaluate, load_weights, predict
+from dataset import CLASS_NAMES, crop_and_flip, data_load
+
+TITLES = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': 'ResNet-32'}
+COLOURS = {'mlp': 'tab:green', 'lenet5': 'tab:orange', 'resnet32': 'tab:blue'}
+COLUMNS = ('Model', 'GPU (O/X)', 'Batch_size', 'Activation function', 'Weight initialization', 'Optimizer', 'Learning rate',
+           'Momentum', 'Weight decay', 'LR decay', 'training time (m)', 'Early stopping epoch', 'Accuracy')  # as on the slide
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>CIFAR-10 Evaluation Report</title>
+<style>
+body { font: 15px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; width: 100%; font-size: 13px }
+td, th { border: 1px solid #888; padding: 4px; text-align: center } th { background: #eee }
+td:nth-child(-n+2), td:last-child { white-space: nowrap; font-weight: bold }
+.row { display: flex; gap: 8px } figure { flex: 1; margin: 0; min-width: 0 } img { max-width: 100% }
+@page { size: A4 landscape; margin: 1cm } @media print { img, figure, tr { break-inside: avoid; max-height: 17cm } }
+</style>
+"""
+
+
+def learning_rate_drops(run):
+    """The pairs of successive history rows between which the learning rate dropped by a step."""
+    return [(before, after) for before, after in zip(run.history, run.history[1:])
+            if run.config.learning_rate_decay == 'step' and after['learning_rate'] < before['learning_rate']]
+
+
+def caution(runs):
+    """What stands before every title that speaks of a run on drawn images."""
+    return "NOT CIFAR-10 (synthetic): " if any(run.config.dataset != 'cifar10' for run in runs) else ""
+
+
+def plot_accuracy(runs, file):
+    """Draw validation accuracy over epochs; of a single run also its early-stopping epoch and learning-rate drops."""
+    figure = Figure(figsize=(5, 3.8) if len(runs) == 1 else (8, 4.5), layout='constrained')
+    axes = figure.subplots()
+    for run in runs:
+        best = run.best
+        axes.plot([row['epoch'] for row in run.history], [row['val_accuracy'] for row in run.history], marker='.',
+                  color=COLOURS[run.config.model], label=f"{TITLES[run.config.model]} ({run.folder.name})")
+        axes.plot(best['epoch'], best['val_accuracy'], 'k*', label=f"{best['val_accuracy']:.2f} % at epoch {best['epoch']:.0f}")
+    for before, after in learning_rate_drops(runs[0]) if len(runs) == 1 else []:
+        axes.axvline(after['epoch'] - 0.5, color='grey', linestyle=':',
+                     label=f"learning rate {before['learning_rate']:.2g} to {after['learning_rate']:.2g}")
+    axes.set(xlabel='epoch', ylabel='validation accuracy (%)', title=caution(runs) + "validation accuracy")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc='lower right', fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
+def plot_images(images, titles, title, file):
+    """Draw uint8 images (rows, columns, 3, 32, 32) in a grid; titles holds a list of texts for each row."""
+    rows, columns = images.shape[:2]
+    figure = Figure(figsize=(max(6, 1.3 * columns), 1.6 * rows + 0.8), layout='constrained')
+    figure.suptitle(title)
+    for axes, image, text in zip(figure.subplots(rows, columns, squeeze=False).flat, images.flatten(0, 1), sum(titles, [])):
+        axes.imshow(image.permute(1, 2, 0).cpu())
+        axes.set_title(text, fontsize=8)
+        axes.axis('off')
+    figure.savefig(file, dpi=120)
+
+
+def plot_confusion(matrix, names, title, file):
+    """Draw how many images of each true class (rows) were taken for each class (columns), from a (10, 10) count."""
+    figure = Figure(figsize=(6.5, 6), layout='constrained')
+    axes = figure.subplots()
+    axes.imshow(matrix.float().sqrt(), cmap='Blues')  # the square root shows rare confusions too
+    axes.set_xticks(range(10), names, rotation=45, ha='right')
+    axes.set_yticks(range(10), names)
+    axes.set(xlabel='predicted class', ylabel='true class', title=title)
+    for y, x in matrix.nonzero().tolist():
+        axes.text(x, y, matrix[y, x].item(), ha='center', va='center', fontsize=8,
+                  color='white' if matrix[y, x] > matrix.max() / 3 else 'black')
+    figure.savefig(file, dpi=120)
+
+
+def examine(run, data_dir, device):
+    """Recompute a run's accuracies from best.pt into evaluation.json; draw its images, confusions and worst mistakes."""
+    config, names = run.config, CLASS_NAMES[run.config.dataset]
+    train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, download=False)
+    model = build_model(config)
+    load_weights(model, run.folder / 'best.pt')
+    images, labels = val_data.tensors
+    confidence, predicted = predict(model.to(device), images).softmax(1).max(1)
+    found = {'accuracy': (predicted == labels).sum().item() / len(labels) * 100}
+    if config.holdout:  # the one look at the test images, after every choice was made
+        test_data = data_load(config.dataset, data_dir, device=device, download=False)[1]
+        found['test_accuracy'] = evaluate(model, test_data)[1]
+    (run.folder / 'evaluation.json').write_text(json.dumps(found), encoding='utf-8')
+
+    title = caution([run]) + TITLES[config.model]
+    count = torch.zeros(10, 10, dtype=int).index_put_((labels.cpu(), predicted.cpu()), torch.tensor(1), accumulate=True)
+    plot_confusion(count, names, f"{title}, validation images", run.folder / 'confusion.png')
+    wrong = (predicted != labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True)][:8]
+    if len(wrong):
+        titles = [f"{names[labels[i]]},\ntaken for\n{names[predicted[i]]}\n({confidence[i]:.0%} sure)" for i in wrong]
+        plot_images(images[wrong][None], [titles], f"{title}, its most confident mistakes", run.folder / 'mistakes.png')
+    images, labels = train_data.tensors
+    samples = images[[(labels == c).nonzero()[0].item() for c in range(10)]].cpu()
+    versions = [samples] + [crop_and_flip(samples, torch.randint(0, 9, (10, 2)), torch.rand(10) < 0.5) for _ in range(3)]
+    plot_images(torch.stack(versions), [list(names)] + [["augmented"] * 10] * 3,
+                caution([run]) + "Training images, and as random crops and flips change them", run.folder / 'samples.png')
+    return found
+
+
+def report_row(run):
+    """The cells under COLUMNS, as text."""
+    config, best = run.config, run.best
+    drops = ', '.join(f"×{config.gamma:g} after epoch {before['epoch']:.0f}" for before, _ in learning_rate_drops(run))
+    return [TITLES[config.model], 'X' if run.machine['device'] == 'cpu' else 'O', config.batch_size,
+            {'relu': 'ReLU'}.get(config.activation, config.activation), config.initialization.capitalize(),
+            {'sgd': 'SGD', 'adam': 'Adam'}[config.optimizer], f'{config.learning_rate:g}', f'{config.momentum:g}',
+            f'{config.weight_decay:g}' if config.weight_decay else 'X',
+            {'none': 'X', 'cosine': 'cosine'}.get(config.learning_rate_decay, drops or 'step'),
+            f"{run.history[-1]['seconds'] / 60:.1f}", f"{best['epoch']:.0f}", f"{best['val_accuracy']:.2f} %"]
+
+
+def protocol(run):
+    """A sentence on which images a run was validated, and whether its weights give the accuracy again."""
+    images = f"{run.config.holdout:,} held-out training images" if run.config.holdout else "the test images, as on the slides"
+    text = (f"{caution([run])}{TITLES[run.config.model]} ({run.folder.name}): the best of {len(run.history)} epochs of "
+            f"{run.config.epochs}, validated on {images}; the last epoch has {run.history[-1]['val_accuracy']:.2f} %")
+    try:
+        found = json.loads((run.folder / 'evaluation.json').read_text(encoding='utf-8'))
+        agrees = "agrees" if abs(found['accuracy'] - run.best['val_accuracy']) < 0.005 else "DISAGREES"
+        text += f"; recomputed from the weights it is {found['accuracy']:.2f} %, which {agrees}"
+        text += f"; on the test images {found['test_accuracy']:.2f} %" if run.config.holdout else ""
+    except (OSError, ValueError, TypeError, KeyError):
+        text += "; not yet recomputed from the weights"
+    return text + "."
+
+
+def summary(runs):
+    """Sentences on what won, by how much, and when the learning rate dropped and what that brought."""
+    first, *others = sorted(runs, key=lambda run: -run.best['val_accuracy'])
+    yield (f"{caution(runs)}{TITLES[first.config.model]} wins with {first.best['val_accuracy']:.2f} %" + ''.join(
+        f", {first.best['val_accuracy'] - run.best['val_accuracy']:.2f} points ahead of {TITLES[run.config.model]} "
+        f"({run.best['val_accuracy']:.2f} %)" for run in others) + ".")
+    for run in [first, *others]:
+        best, title = run.best, TITLES[run.config.model]
+        yield (f"{title} was best at epoch {best['epoch']:.0f} of {len(run.history)}, with {best['train_accuracy']:.2f} % on "
+               f"the augmented training images; it trained for {run.history[-1]['seconds'] / 60:.1f} minutes.")
+        for before, after in learning_rate_drops(run):
+            old, new = (max(row['val_accuracy'] for row in run.history if row['learning_rate'] == stage['learning_rate'])
+                        for stage in (before, after))
+            yield (f"{title}'s learning rate dropped to {after['learning_rate']:.2g} after epoch {before['epoch']:.0f}: its best "
+                   f"accuracy went from {old:.2f} % to {new:.2f} % ({new - old:+.2f} points).")
+
+
+def write_report(runs):
+    """Write the accuracy plots and results/report.html, a single file with all of it inside, from a list of runs."""
+    def best_known(model):  # for the setting's row: on CIFAR-10, named like the model
+        return min((run for run in runs if run.config.model == model), default=None,
+                   key=lambda run: (run.config.dataset != 'cifar10', run.folder.name != model, run.folder.name))
+
+    def table(rows):
+        cells = [''.join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+        return f"<table><tr><th></th><th>{'</th><th>'.join(COLUMNS)}</th></tr><tr>{'</tr><tr>'.join(cells)}</tr></table>"
+
+    def picture(folder, name):
+        file = folder / f'{name}.png'
+        return f"<img src='data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}'>" if file.exists() else ""
+
+    RESULTS.mkdir(exist_ok=True)
+    settings = {model: best_known(model) for model in SETTINGS}
+    own = [run for run in settings.values() if run]
+    others = [run for run in runs if run not in own]
+    for run in runs:
+        plot_accuracy([run], run.folder / 'accuracy.png')
+    parts = [PAGE, f"<h1>{caution(own)}CIFAR-10 Evaluation Report</h1>"]
+    parts += [table([f"Setting #{number}", *(report_row(run) if run else [TITLES[model]] + [''] * 12)]
+                    for number, (model, run) in enumerate(settings.items(), 1))]
+    parts += ["<h2>Validation dataset accuracy plot</h2><div class='row'>"]
+    parts += [f"<figure>Setting #{number}{picture(run.folder, 'accuracy') if run else ''}</figure>"
+              for number, run in enumerate(settings.values(), 1)]
+    parts += ["</div><h2>Summary [결과 정리]</h2><ul>"]
+    parts += [f"<li>{html.escape(line)}</li>" for line in ([*summary(own), *map(protocol, own)] if own else ["No run yet."])]
+    parts += ["</ul>"]
+    if own:
+        plot_accuracy(own, RESULTS / 'accuracy.png')
+        winner = max(own, key=lambda run: run.best['val_accuracy'])
+        parts += [f"<div class='row'><figure>{picture(RESULTS, 'accuracy')}</figure>",
+                  f"<figure>{picture(winner.folder, 'confusion')}</figure></div>",
+                  picture(winner.folder, 'mistakes'), picture(winner.folder, 'samples')]
+    if others:
+        parts += ["<h2>Additional experiments</h2>", table([run.folder.name, *report_row(run)] for run in others)]
+        parts += ["<ul>", *(f"<li>{html.escape(protocol(run))}</li>" for run in others), "</ul>"]
+    (RESULTS / 'report.html').write_text('\n'.join(parts), encoding='utf-8')
+
+
+def predict_pictures(files, run, device):
+    """Print the class of each picture and its probability, by a run's best weights; unreadable files are named."""
+    model = build_model(run.config)
+    load_weights(model, run.folder / 'best.pt')
+    for file in files:
+        try:
+            image = decode_image(str(file), ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError as error:
+            print(f"{file}: not a picture that can be read ({str(error).splitlines()[0]})")
+            continue
+        image = TF.center_crop(TF.resize(image, 32), 32).to(device)
+        probability, label = predict(model.to(device), image[None])[0].softmax(0).max(0)
+        print(f"{file}: {caution([run])}{CLASS_NAMES[run.config.dataset][label]}, {probability:.1%} sure ({run.folder.name})")
+
+
+def evaluate_weights(options, device):
+    """Print the accuracy of --weights on the validation images."""
+    check('--model', options.model, tuple(SETTINGS))
+    check('--dataset', options.dataset, tuple(CLASS_NAMES))
+    model = build_model(SETTINGS[options.model])
+    load_weights(model, options.weights)
+    _, data = data_load(options.dataset, options.data_dir, device=device)
+    print(f"{options.weights}: {evaluate(model.to(device), data)[1]:.2f} % of the {len(data):,} validation images"
+          + (" (synthetic, NOT CIFAR-10)" if options.dataset != 'cifar10' else ""))
+
+
+def submit(name):
+    """Write <name>.zip in the current folder: the whole code and the report. Raises UserError where it exists."""
+    check_name('--submit', name)
+    root, file = Path(__file__).parent, Path(f'{name}.zip')
+    if file.exists():
+        raise UserError(f"{file} is there already: move it away, or submit under another name.")
+    with zipfile.ZipFile(file, 'x', zipfile.ZIP_DEFLATED) as archive:
+        for part in sorted(part for pattern in ('*.py', '*.md', '*.txt', 'dataset/*.py', 'tests/*.py') for part in root.glob(pattern)):
+            archive.write(part, Path(name) / part.relative_to(root))
+        archive.write(RESULTS / 'report.html', Path(name) / 'report.html')
+    print(f"{file} holds the code and the report.")
+
+
+def main():
+    parser = Parser("Write the plots and the report of the runs in results/, or evaluate weights, or classify pictures.")
+    parser.add_argument('--name', help="recompute only this run's accuracy; with --predict: ask this run, not the best one")
+    parser.add_argument('--model', help=f"the setting that --weights belongs to: {', '.join(SETTINGS)}")
+    parser.add_argument('--weights', type=Path, metavar='FILE', help="print the accuracy of these weights")
+    parser.add_argument('--dataset', default='cifar10', help="images for --weights: cifar10 (default) or synthetic")
+    parser.add_argument('--predict', nargs='+', metavar='FILE', help="print the class of each picture")
+    parser.add_argument('--submit', metavar='StudentID_Name', help="write StudentID_Name.zip with the code and the report")
+    options = parser.parse_args()
+    device = choose_device('auto')
+    if options.weights:
+        return evaluate_weights(options, device)
+
+    runs = []
+    for folder in sorted(RESULTS.glob('*/')):
+        try:
+            runs.append(Run.read(folder))
+        except UserError as error:
+            print(error)
+    trained = [run for run in runs if options.name in (None, run.folder.name) and (run.folder / 'best.pt').exists()]
+    if not trained and (options.name or options.predict):
+        raise UserError(f"No run {options.name or ''} with weights is in {RESULTS}: train one, or see --help.")
+    if options.predict:
+        return predict_pictures(options.predict, max(trained, key=lambda run: run.best['val_accuracy']), device)
+    for run in trained:
+        try:
+            found = examine(run, options.data_dir, device)
+            print(f"{run.folder.name}: {found['accuracy']:.2f} % recomputed, {run.best['val_accuracy']:.2f} % recorded.")
+        except UserError as error:
+            print(f"{run.folder.name} was not recomputed. {error}")
+    write_report(runs)
+    print(f"The report is {RESULTS / 'report.html'}.")
+    if options.submit:
+        submit(options.submit)
+
+
+if __name__ == '__main__':
+    run_script(main)

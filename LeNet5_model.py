@@ -1,0 +1,28 @@
+"""LeNet-5 as drawn on the slides (LeCun et al. 1998, "Gradient-Based Learning Applied to Document Recognition")."""
+import torch.nn as nn
+import torch.nn.functional as F
+
+from MLP_model import ACTIVATIONS, initialize, widening
+
+
+class LeNet5_model(nn.Module):
+    """Two convolutions, three fully connected layers, 62,006 parameters; images (N, 3, 32, 32) -> logits (N, 10)."""
+
+    def __init__(self, activation='relu', initialization='he_normal'):
+        super().__init__()
+        k = widening(activation)
+        self.conv1 = nn.Conv2d(3, 6 * k, kernel_size=5)    # [3, 32, 32] -> [6, 28, 28]
+        self.conv2 = nn.Conv2d(6, 16 * k, kernel_size=5)   # [6, 14, 14] -> [16, 10, 10]
+        self.fc1 = nn.Linear(16 * 5 * 5, 120 * k)
+        self.fc2 = nn.Linear(120, 84 * k)
+        self.fc3 = nn.Linear(84, 10)
+        self.activation = ACTIVATIONS[activation]()
+        initialize(self, initialization)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.activation(self.conv1(x)), 2)  # [6, 28, 28] -> [6, 14, 14]
+        x = F.max_pool2d(self.activation(self.conv2(x)), 2)  # [16, 10, 10] -> [16, 5, 5]
+        x = x.flatten(1)
+        x = self.activation(self.fc1(x))
+        x = self.activation(self.fc2(x))
+        return self.fc3(x)

@@ -1,0 +1,101 @@
+"""ResNet-32 for CIFAR-10 (He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2)."""
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class IdentityPadding(nn.Module):
+    """Parameter-free shortcut where the shape changes: subsample in space, pad new channels with zeros (option A).
+
+    (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)
+    """
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        self.pooling = nn.MaxPool2d(kernel_size=1, stride=stride)
+        self.add_channels = out_channels - in_channels
+
+    def forward(self, x):
+        x = F.pad(x, [0, 0, 0, 0, 0, self.add_channels])
+        x = self.pooling(x)
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions that learn what to add to their input: relu(x + f(x)).
+
+    (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)
+    """
+
+    def __init__(self, in_channels, out_channels, stride=1, down_sample=False):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.down_sample = IdentityPadding(in_channels, out_channels, stride) if down_sample else None
+
+    def forward(self, x):
+        shortcut = x
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.relu(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+
+        if self.down_sample is not None:
+            shortcut = self.down_sample(shortcut)
+
+        x += shortcut
+        x = self.relu(x)
+        return x
+
+
+class ResNet(nn.Module):
+    """A ResNet of 6 * num_layers + 2 weighted layers; images (N, 3, 32, 32) -> logits (N, num_classes)."""
+
+    def __init__(self, num_layers, block, num_classes=10):
+        super().__init__()
+        self.num_layers = num_layers
+        self.conv1 = nn.Conv2d(in_channels=3, out_channels=16, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+
+        self.layers_2n = self.get_layers(block, 16, 16, stride=1)  # feature maps [16, 32, 32]
+        self.layers_4n = self.get_layers(block, 16, 32, stride=2)  # feature maps [32, 16, 16]
+        self.layers_6n = self.get_layers(block, 32, 64, stride=2)  # feature maps [64, 8, 8]
+
+        self.pool = nn.AvgPool2d(8, stride=1)
+        self.fc_out = nn.Linear(64, num_classes)
+
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+            if isinstance(m, nn.BatchNorm2d):
+                nn.init.constant_(m.weight, 1)
+                nn.init.constant_(m.bias, 0)
+
+    def get_layers(self, block, in_channels, out_channels, stride):
+        """num_layers blocks in a row; the first one changes the shape where stride is 2."""
+        layers_list = [block(in_channels, out_channels, stride, down_sample=stride == 2)]
+        layers_list += [block(out_channels, out_channels) for _ in range(self.num_layers - 1)]
+        return nn.Sequential(*layers_list)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.relu(x)
+        x = self.layers_2n(x)
+        x = self.layers_4n(x)
+        x = self.layers_6n(x)
+        x = self.pool(x)
+        x = x.view(x.size(0), -1)
+        x = self.fc_out(x)
+        return x
+
+
+def ResNet32_model():
+    """ResNet-32, 464,154 parameters: 3 groups of 5 residual blocks of 2 convolutions, one before, one layer after."""
+    return ResNet(5, ResidualBlock)

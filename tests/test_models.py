@@ -1,0 +1,86 @@
+"""The networks against the slides' shapes, published parameter counts and formulas written out by hand."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from LeNet5_model import LeNet5_model
+from MLP_model import ACTIVATIONS, MLP_model
+from ResNet_model import IdentityPadding, ResidualBlock, ResNet, ResNet32_model
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_parameter_counts_are_the_published_ones():
+    assert parameters(ResNet32_model()) == 464_154   # 0.46 million in table 6 of He et al. 2016
+    assert parameters(LeNet5_model()) == 62_006
+    assert parameters(MLP_model((1024, 512))) == (3072 + 1) * 1024 + (1024 + 1) * 512 + (512 + 1) * 10
+    assert parameters(ResNet(3, ResidualBlock)) == 269_722  # ResNet-20, 0.27 million in the same table
+    assert ResNet(3, ResidualBlock, num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_resnet32_has_the_slides_layers_and_feature_maps():
+    model, shapes = ResNet32_model(), {}
+    assert [name for name, _ in model.named_children()] == [
+        'conv1', 'bn1', 'relu', 'layers_2n', 'layers_4n', 'layers_6n', 'pool', 'fc_out']
+    for name, layer in model.named_children():
+        layer.register_forward_hook(lambda _, __, output, name=name: shapes.__setitem__(name, tuple(output.shape[1:])))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert [shapes[name] for name in ('conv1', 'layers_2n', 'layers_4n', 'layers_6n', 'pool')] == [
+        (16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8), (64, 1, 1)]
+
+
+def test_identity_padding_keeps_every_second_pixel_and_adds_zero_channels():
+    x = torch.randn(2, 16, 32, 32)
+    y = IdentityPadding(16, 32, 2)(x)
+    assert torch.equal(y[:, :16], x[:, :, ::2, ::2]) and not y[:, 16:].any()
+
+
+@pytest.mark.parametrize('channels, stride', [(16, 1), (32, 2)])
+def test_residual_block_is_relu_of_shortcut_plus_two_convolutions(channels, stride):
+    block = ResidualBlock(16, channels, stride, stride == 2).eval()
+    x = torch.randn(2, 16, 8, 8)
+
+    def batch_norm(x, bn):
+        return (x - bn.running_mean.view(-1, 1, 1)) / (bn.running_var.view(-1, 1, 1) + bn.eps).sqrt()
+
+    y = F.relu(batch_norm(F.conv2d(x, block.conv1.weight, stride=stride, padding=1), block.bn1))
+    y = batch_norm(F.conv2d(y, block.conv2.weight, padding=1), block.bn2)
+    shortcut = x if stride == 1 else torch.cat([x[:, :, ::2, ::2], torch.zeros(2, 16, 4, 4)], 1)
+    torch.testing.assert_close(block(x), F.relu(y + shortcut))
+
+
+FORMULAS = {'sigmoid': lambda x: 1 / (1 + math.exp(-x)), 'tanh': math.tanh, 'relu': lambda x: max(0, x),
+            'leaky_relu': lambda x: max(0.1 * x, x), 'elu': lambda x: x if x >= 0 else math.exp(x) - 1}
+
+
+@pytest.mark.parametrize('name', FORMULAS)
+def test_activations_follow_the_slides(name):
+    x = torch.linspace(-3, 3, 13)
+    torch.testing.assert_close(ACTIVATIONS[name]()(x), torch.tensor([FORMULAS[name](v) for v in x.tolist()]))
+
+
+def test_maxout_is_the_larger_of_two_linear_functions():
+    model = MLP_model(hidden=(5,), activation='maxout')
+    weight, bias = model.layers[1].weight, model.layers[1].bias.detach().normal_()
+    x = torch.randn(4, 3, 32, 32)
+    halves = [x.flatten(1) @ weight[i::2].T + bias[i::2] for i in (0, 1)]
+    torch.testing.assert_close(model.layers[:3](x), torch.maximum(*halves))
+    assert LeNet5_model('maxout')(x).shape == (4, 10)
+
+
+@pytest.mark.parametrize('name, variance', [('he_normal', 2 / 3072), ('xavier_normal', 2 / (3072 + 1024))])
+def test_initialization_has_the_slides_standard_deviation(name, variance):
+    torch.manual_seed(0)
+    weight = MLP_model((1024,), initialization=name).layers[1].weight
+    assert weight.std().item() == pytest.approx(variance ** 0.5, rel=0.01)
+    assert abs(weight.mean().item()) < 1e-4
+
+
+def test_resnet_convolutions_are_he_normal():
+    torch.manual_seed(0)
+    weight = ResNet32_model().layers_6n[4].conv2.weight
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
