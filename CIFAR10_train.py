@@ -2,10 +2,12 @@
 
 A run in the order it happens: configuration, images, model, epochs of steps, results/<name>/, evaluation.
 """
+import dataclasses
+import io
 import math
 import platform
 import re
-import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from CIFAR10_configuration import RESULTS, Run, UserError, parse_configuration, run_script
+from CIFAR10_configuration import (RESULTS, Configuration, Run, UserError, lock, option, parse_configuration, run_script, show,
+                                   write_whole)
 from dataset import data_load, normalize, training_batches
 from LeNet5_model import LeNet5_model
 from MLP_model import MLP_model
@@ -83,11 +86,13 @@ def learning_rate(config, epoch):
     return config.learning_rate
 
 
-def stops_early(config, history):
-    """Whether `patience` epochs, counted only after the last learning-rate drop, brought nothing better."""
+def is_finished(config, epoch, history):
+    """Whether all epochs are done, or `patience` of them, counted after the last learning-rate drop, brought nothing better."""
+    if epoch == 0 or epoch >= config.epochs:
+        return epoch > 0
     last_drop = {'step': math.ceil(max(config.milestones) * config.epochs), 'cosine': config.epochs, 'none': 0}
     best = max(history, key=lambda row: row['val_accuracy'])['epoch']
-    return len(history) - max(best, last_drop[config.learning_rate_decay]) >= config.patience
+    return epoch - max(best, last_drop[config.learning_rate_decay]) >= config.patience
 
 
 @torch.no_grad()
@@ -112,88 +117,171 @@ def restrict_weights(model, max_norm):
             weight.copy_(weight.renorm(2, 0, max_norm ** 0.5))
 
 
-def show(line, done=False):
-    """Rewrite the progress line on a terminal; elsewhere print the lines that are done."""
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        print('\r' + line[:width].ljust(width), end='\n' if done else '', flush=True)
-    elif done:
-        print(line, flush=True)
+def serialized(content):
+    """The bytes that torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
-def train_epoch(model, optimizer, data, config, epoch):
-    """Take the steps of an epoch, counted from 0; returns mean training loss and accuracy in percent."""
+def save(run, model, optimizer, state):
+    """Write the run's record and last.pt, all that it needs to continue; learning rates and orders follow from the step."""
+    random = dict(random=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
+    write_whole(run.folder / 'last.pt', serialized(dict(
+        state, **random, configuration=dataclasses.asdict(run.config), history=run.history, model=model.state_dict(),
+        optimizer=optimizer.state_dict())))
+    run.write()
+
+
+def train_epoch(model, optimizer, data, config, state, interrupted=()):
+    """Take the steps of an epoch from state['step'] on; ends early, after a whole step, once interrupted is not empty.
+
+    state counts what is done: epochs, steps of the present epoch, its summed loss and its correct answers.
+    """
     model.train()
-    seed = config.seed * 100_000 + epoch  # all that is random in an epoch follows from these two
-    torch.manual_seed(seed)
-    steps, loss_sum, correct, seen, began, shown = math.ceil(len(data) / config.batch_size), 0, 0, 0, time.time(), 0
-    for step, (images, labels) in enumerate(training_batches(data, config.batch_size, seed)):
+    seed = config.seed * 100_000 + state['epoch']  # with the step, it decides all that is random
+    if state['step'] == 0:
+        torch.manual_seed(seed)
+    steps, began, first, shown = math.ceil(len(data) / config.batch_size), time.time(), state['step'], 0
+    for images, labels in training_batches(data, config.batch_size, seed, first):
+        rate = learning_rate(config, state['epoch'] + state['step'] / steps)
         for group in optimizer.param_groups:
-            group['lr'] = learning_rate(config, epoch + step / steps)
+            group['lr'] = rate
         logits = model(images)
         loss = F.cross_entropy(logits, labels)
+        where = f"epoch {state['epoch'] + 1}/{config.epochs}  step {state['step'] + 1}/{steps}"
+        if not math.isfinite(loss.item()):
+            raise UserError(f"The loss is {loss.item()} at {where}, learning rate {rate:.2g}: begin anew with --restart and a "
+                            "smaller --learning-rate; the best weights so far are kept.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if config.max_norm:
             restrict_weights(model, config.max_norm)
 
-        loss_sum += loss.detach() * len(labels)
-        correct += (logits.argmax(1) == labels).sum()
-        seen += len(labels)
+        state['step'] += 1
+        state['loss_sum'] += loss.item() * len(labels)
+        state['correct'] += (logits.argmax(1) == labels).sum().item()
         if time.time() - shown > 0.2:
-            shown, rate = time.time(), seen / (time.time() - began)
-            left = (len(data) * (config.epochs - epoch) - seen) / rate / 60
-            show(f"epoch {epoch + 1}/{config.epochs}  step {step + 1}/{steps}  loss {loss.item():.3f}  "
-                 f"learning rate {group['lr']:.2g}  {rate:,.0f} images/s  {left:.1f} min left")
-    return loss_sum.item() / len(data), correct.item() / len(data) * 100
-
-
-def new_folder(name):
-    """Make and return results/<name>/, or results/<name>-2/, -3/ ... where a run has that name already."""
-    RESULTS.mkdir(exist_ok=True)
-    number = 1
-    while True:
-        folder = RESULTS / (name if number == 1 else f'{name}-{number}')
-        try:
-            folder.mkdir()
+            shown = time.time()
+            speed = (state['step'] - first) / (shown - began)  # steps a second
+            left = (steps * (config.epochs - state['epoch']) - state['step']) / speed / 60
+            show(f"{where}  loss {loss.item():.3f}  learning rate {rate:.2g}  {speed * config.batch_size:,.0f} images/s  "
+                 f"{left:.1f} min left")
+        if interrupted:
             break
-        except FileExistsError:
-            number += 1
-    if number > 1:
-        print(f"{RESULTS / name} holds a run already, which stays as it is: this one goes to {folder}.")
-    return folder
+
+
+def load_checkpoint(folder):
+    """The content of last.pt, or None where there is none. Raises UserError where it is damaged."""
+    if not (folder / 'last.pt').exists():
+        return None
+    try:
+        return torch.load(folder / 'last.pt', map_location='cpu', weights_only=True)
+    except Exception as error:  # whatever a damaged or malicious file makes torch.load raise
+        raise UserError(f"{folder / 'last.pt'} is damaged ({type(error).__name__}): begin anew with --restart, "
+                        "which keeps what is there.") from None
+
+
+def open_run(name, config, restart):
+    """Find the run to continue or make a new one: its folder, its checkpoint or None, and the lock to hold.
+
+    A finished run stays as it is and the new one goes to <name>-2, -3 ... Raises UserError where the unfinished run of
+    that name has another configuration or another process writes it.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    folders = [RESULTS / name, *(RESULTS / f'{name}-{number}' for number in range(2, 1000))]
+    if restart and folders[0].exists():
+        lock(folders[0]).close()
+        aside = next(folder for folder in folders if not folder.exists())
+        folders[0].rename(aside)
+        print(f"The run that was in {folders[0]} is now in {aside}.")
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        held, checkpoint = lock(folder), load_checkpoint(folder)
+        if checkpoint:
+            old = Configuration(**checkpoint['configuration'])
+            finished = is_finished(old, checkpoint['epoch'], checkpoint['history'])
+            changed = [f for f in dataclasses.fields(config) if getattr(old, f.name) != getattr(config, f.name) != 'auto']
+            longer = finished and [f.name for f in changed] == ['epochs'] and config.epochs > old.epochs
+            if changed and not finished:
+                before, now = getattr(old, changed[0].name), getattr(config, changed[0].name)
+                raise UserError(f"{folder} is unfinished and was begun with {option(changed[0])} {before}, not {now}: repeat its "
+                                "options to continue it, or begin anew with --restart or another --name.")
+            if longer and config.learning_rate_decay != 'none':
+                raise UserError(f"{folder} has finished its {old.epochs} epochs, and for {config.epochs} its learning rate would "
+                                "have fallen otherwise: train them under another --name, or with --restart.")
+            if longer or not finished:
+                print(f"Continuing {folder.name} at epoch {checkpoint['epoch'] + 1} of {config.epochs}.")
+                return folder, checkpoint, held
+        elif not (folder / 'best.pt').exists():
+            if folder != folders[0]:
+                print(f"{folders[0]} holds a finished run, which stays as it is: this one goes to {folder}.")
+            return folder, None, held
+        held.close()
+
+
+def train(run, model, optimizer, train_data, val_data, state):
+    """Train to the last epoch or the early stop; SIGINT and SIGTERM end it after the present step, saved."""
+    config, interrupted = run.config, []
+
+    def interrupt(number, _):
+        interrupted.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    began = time.time() - state['seconds']
+    while not is_finished(config, state['epoch'], run.history):
+        if interrupted:
+            show(f"Interrupted in epoch {state['epoch'] + 1} after step {state['step']}, and saved: the same command continues.", True)
+            sys.exit(128 + interrupted[0])
+        train_epoch(model, optimizer, train_data, config, state, interrupted)
+        if state['step'] == math.ceil(len(train_data) / config.batch_size):
+            val_loss, val_accuracy = evaluate(model, val_data)
+            state['epoch'] += 1
+            run.history.append(dict(
+                epoch=state['epoch'], learning_rate=optimizer.param_groups[0]['lr'], train_loss=state['loss_sum'] / len(train_data),
+                train_accuracy=state['correct'] / len(train_data) * 100, val_loss=val_loss, val_accuracy=val_accuracy,
+                seconds=time.time() - began))
+            best = run.best
+            if best['epoch'] == state['epoch']:  # early stopping keeps the weights of the best epoch
+                write_whole(run.folder / 'best.pt', serialized({'epoch': state['epoch'], 'model_state_dict': model.state_dict()}))
+            show(f"epoch {state['epoch']}/{config.epochs}  train loss {run.history[-1]['train_loss']:.3f}  validation accuracy "
+                 f"{val_accuracy:.2f} %  best {best['val_accuracy']:.2f} % (epoch {best['epoch']})", done=True)
+            state.update(step=0, loss_sum=0.0, correct=0)
+        state['seconds'] = time.time() - began
+        save(run, model, optimizer, state)
+    if state['epoch'] < config.epochs:
+        print(f"Stopped early: nothing better than epoch {run.best['epoch']} in {config.patience} epochs.")
 
 
 def main():
     config, options = parse_configuration()
     device = choose_device(config.device)
-    train_data, val_data = data_load(config.dataset, options.data_dir, config.holdout, config.seed, device)
-    run = Run(new_folder(options.name), config, describe_machine(device))
+    train_data, val_data = data_load(config.dataset, options.data_dir, config.holdout, config.seed, device, options.data_url)
     print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device}")
     if config.dataset != 'cifar10':
         print("These are synthetic images, NOT CIFAR-10.")
     print(f"Training images: {len(train_data):,}\nValidation images: {len(val_data):,}"
-          f"\nShape of an image: {list(train_data[0][0].shape)}")
+          f"\nShape of an image: {list(train_data[0][0].shape)}", flush=True)
 
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
     optimizer = build_optimizer(model, config)
-    began = time.time()
-    for epoch in range(config.epochs):
-        train_loss, train_accuracy = train_epoch(model, optimizer, train_data, config, epoch)
-        val_loss, val_accuracy = evaluate(model, val_data)
-        run.history.append(dict(epoch=epoch + 1, learning_rate=optimizer.param_groups[0]['lr'], train_loss=train_loss,
-                                train_accuracy=train_accuracy, val_loss=val_loss, val_accuracy=val_accuracy,
-                                seconds=time.time() - began))
-        if run.best['epoch'] == epoch + 1:  # early stopping: the weights of the best epoch are kept
-            torch.save({'epoch': epoch + 1, 'model_state_dict': model.state_dict()}, run.folder / 'best.pt')
-        run.write()
-        show(f"epoch {epoch + 1}/{config.epochs}  train loss {train_loss:.3f}  validation accuracy {val_accuracy:.2f} %  "
-             f"best {run.best['val_accuracy']:.2f} % (epoch {run.best['epoch']})", done=True)
-        if stops_early(config, run.history):
-            print(f"Stopped early: nothing better than epoch {run.best['epoch']} in {config.patience} epochs.")
-            break
+    folder, checkpoint, held = open_run(options.name, config, options.restart)
+    run = Run(folder, config, describe_machine(device))
+    state = dict(epoch=0, step=0, loss_sum=0.0, correct=0, seconds=0.0)
+    if checkpoint:
+        model.load_state_dict(checkpoint['model'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        torch.set_rng_state(checkpoint['random'])
+        torch.cuda.set_rng_state_all(checkpoint['cuda'])
+        run.history = checkpoint['history']
+        state = {name: checkpoint[name] for name in state}
+    save(run, model, optimizer, state)  # finds a folder that can't be written before any training
+    train(run, model, optimizer, train_data, val_data, state)
+    held.close()
     print(f"Best validation accuracy {run.best['val_accuracy']:.2f} % at epoch {run.best['epoch']}, after "
           f"{run.history[-1]['seconds'] / 60:.1f} minutes; weights and history are in {run.folder}.")
     subprocess.run([sys.executable, Path(__file__).with_name('CIFAR10_evaluation.py'), '--name', run.folder.name,

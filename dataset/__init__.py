@@ -7,8 +7,9 @@ import torchvision.datasets
 import torchvision.transforms.functional as TF
 from torch.utils.data import TensorDataset
 
-from CIFAR10_configuration import CLASSES, UserError
+from CIFAR10_configuration import CLASSES, MIRRORS, UserError
 from dataset import synthetic
+from dataset.download import ensure_cifar10
 
 # Mean and standard deviation of the training images' red, green and blue, in [0, 1] (the slides' figures).
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -16,7 +17,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CLASS_NAMES = {'cifar10': CLASSES, 'synthetic': synthetic.CLASSES}
 
 
-def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, device='cpu', download=True):
+def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, device='cpu', urls=MIRRORS):
     """Load the training and the validation images.
 
     Args:
@@ -24,7 +25,7 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
         data_dir (str or Path): folder that holds, or gets, CIFAR-10.
         holdout (int): so many class-balanced training images, drawn by seed, are the validation images;
             with 0 the test images are.
-        download (bool): fetch CIFAR-10 where it is missing.
+        urls (sequence of str): where CIFAR-10's archive is fetched from, if data_dir lacks it; none: from nowhere.
 
     Returns:
         Two TensorDatasets of images (N, 3, 32, 32) uint8 and labels (N,) int64, on the device.
@@ -32,7 +33,9 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
     Raises:
         UserError: CIFAR-10 is not to be had, or holdout leaves nothing to train on.
     """
-    read = synthetic.draw if dataset == 'synthetic' else lambda train: read_cifar10(data_dir, train, download)
+    if dataset == 'cifar10':
+        ensure_cifar10(Path(data_dir), urls)
+    read = synthetic.draw if dataset == 'synthetic' else lambda train: read_cifar10(data_dir, train)
     images, labels = read(train=True)
     if holdout == 0:
         return TensorDataset(images.to(device), labels.to(device)), TensorDataset(*(t.to(device) for t in read(train=False)))
@@ -44,13 +47,9 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
     return tuple(TensorDataset(images[part].to(device), labels[part].to(device)) for part in (order[holdout:], order[:holdout]))
 
 
-def read_cifar10(data_dir, train, download):
+def read_cifar10(data_dir, train):
     """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,), their MD5 sums checked by torchvision."""
-    try:
-        data = torchvision.datasets.CIFAR10(Path(data_dir), train=train, download=download)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"CIFAR-10 is not in {data_dir} and could not be fetched ({error}): put cifar-10-python.tar.gz "
-                        "there, or name its folder with --data-dir, or try the program with --dataset synthetic.") from None
+    data = torchvision.datasets.CIFAR10(Path(data_dir), train=train)
     return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
 
 
@@ -73,12 +72,12 @@ def normalize(images):
     return TF.normalize(images.float().div(255), MEAN, STD)
 
 
-def training_batches(data, batch_size, seed):
-    """Yield one epoch of augmented batches, every image once: (N, 3, 32, 32) float32 and labels (N,); seed decides all."""
+def training_batches(data, batch_size, seed, first=0):
+    """Yield one epoch of augmented batches from the first on: (N, 3, 32, 32) float32 and labels (N,); seed decides all."""
     images, labels = data.tensors
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).to(images.device)
     offsets = torch.randint(0, 9, (len(images), 2), generator=generator).to(images.device)
     flips = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-    for i in order.split(batch_size):
+    for i in order.split(batch_size)[first:]:
         yield normalize(crop_and_flip(images[i], offsets[i], flips[i])), labels[i]

@@ -1,9 +1,14 @@
 """What several tests share: the scripts run as a user runs them, and two short runs on the synthetic images."""
+import hashlib
+import pickle
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from torchvision.datasets import CIFAR10
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,3 +32,29 @@ def trained(script, tmp_path_factory):
         assert done.returncode == 0, done.stderr
         output[model] = done.stdout
     return folder, output
+
+
+@pytest.fixture
+def small_cifar10(tmp_path, monkeypatch):
+    """A folder with batch files of CIFAR-10's form but 20 images each, and their archive; their sums replace the official."""
+    from dataset import download
+    folder, rng = tmp_path / 'images' / 'cifar-10-batches-py', np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
+        batch = {'data': rng.integers(0, 256, (20, 3072), dtype=np.uint8), 'labels': [i % 10 for i in range(20)]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / 'batches.meta').write_bytes(pickle.dumps({'label_names': list('abcdefghij')}))
+    archive = folder.parent / download.ARCHIVE
+    with tarfile.open(archive, 'w:gz') as tar:
+        tar.add(folder, folder.name)
+
+    def md5(file):
+        return hashlib.md5(file.read_bytes()).hexdigest()
+
+    for attribute in ('train_list', 'test_list'):
+        monkeypatch.setattr(CIFAR10, attribute, [[name, md5(folder / name)] for name, _ in getattr(CIFAR10, attribute)])
+    monkeypatch.setattr(CIFAR10, 'meta', {**CIFAR10.meta, 'md5': md5(folder / 'batches.meta')})
+    monkeypatch.setattr(CIFAR10, 'tgz_md5', md5(archive))
+    monkeypatch.setattr(download, 'SIZE', archive.stat().st_size)
+    monkeypatch.setattr(download, 'SHA256', hashlib.sha256(archive.read_bytes()).hexdigest())
+    return folder.parent

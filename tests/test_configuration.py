@@ -62,4 +62,4 @@ def test_missing_cifar10_says_why_where_to_put_it_and_what_else_there_is(tmp_pat
     with pytest.raises(UserError, match='is a file'):
         parse_configuration(['--data-dir', str(tmp_path / 'file')])
     with pytest.raises(UserError, match='put cifar-10-python.tar.gz there.*--dataset synthetic'):
-        data_load('cifar10', tmp_path, download=False)
+        data_load('cifar10', tmp_path, urls=())

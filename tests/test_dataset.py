@@ -1,6 +1,5 @@
 """Images and augmentation against torchvision's own transforms, and what the synthetic images promise."""
 import os
-import pickle
 
 import numpy as np
 import pytest
@@ -99,27 +98,15 @@ def test_synthetic_images_are_balanced_and_colour_does_not_give_the_class_away()
     assert (guessed == val.tensors[1]).float().mean() < 0.3
 
 
-def test_cifar10_is_read_as_torchvision_reads_it(tmp_path, monkeypatch):
-    """With small batch files of the official form; their MD5 sums replace the official ones."""
-    from torchvision.datasets.utils import calculate_md5
-    folder, rng, lists = tmp_path / 'cifar-10-batches-py', np.random.default_rng(0), {}
-    folder.mkdir()
-    for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
-        batch = {'data': rng.integers(0, 256, (20, 3072), dtype=np.uint8), 'labels': [i % 10 for i in range(20)]}
-        (folder / name).write_bytes(pickle.dumps(batch))
-    (folder / 'batches.meta').write_bytes(pickle.dumps({'label_names': list('abcdefghij')}))
-    official = torchvision.datasets.CIFAR10
-    for attribute in ('train_list', 'test_list'):
-        monkeypatch.setattr(official, attribute, [[n, calculate_md5(folder / n)] for n, _ in getattr(official, attribute)])
-    monkeypatch.setattr(official, 'meta', {**official.meta, 'md5': calculate_md5(folder / 'batches.meta')})
-    train, val = data_load('cifar10', tmp_path)
+def test_cifar10_is_read_as_torchvision_reads_it(small_cifar10):
+    train, val = data_load('cifar10', small_cifar10, urls=())
     assert len(train) == 100 and len(val) == 20
-    image, label = official(tmp_path, train=True)[37]
+    image, label = torchvision.datasets.CIFAR10(small_cifar10, train=True)[37]
     assert torch.equal(train[37][0], TF.pil_to_tensor(image)) and train[37][1] == label
 
 
 @pytest.mark.skipif('CIFAR10_DIR' not in os.environ, reason="set CIFAR10_DIR to the folder of the real images")
 def test_real_cifar10_has_the_slides_sizes():
-    train, val = data_load('cifar10', os.environ['CIFAR10_DIR'], download=False)
+    train, val = data_load('cifar10', os.environ['CIFAR10_DIR'], urls=())
     assert train.tensors[0].shape == (50_000, 3, 32, 32) and val.tensors[0].shape == (10_000, 3, 32, 32)
     assert train.tensors[0].float().mean((0, 2, 3)).div(255).tolist() == pytest.approx(MEAN, abs=1e-3)

@@ -7,13 +7,18 @@ import pytest
 import torch
 
 from CIFAR10_configuration import HISTORY, SETTINGS
-from CIFAR10_train import build_model, build_optimizer, learning_rate, load_weights, predict, restrict_weights, stops_early, train_epoch
+from CIFAR10_train import (build_model, build_optimizer, is_finished, learning_rate, load_weights, predict, restrict_weights,
+                           train_epoch)
 from dataset import data_load, normalize, training_batches
 
 
 def rows(folder):
     with open(folder / 'history.csv', newline='') as file:
         return list(csv.DictReader(file))
+
+
+def fresh(epoch=0):
+    return dict(epoch=epoch, step=0, loss_sum=0.0, correct=0)
 
 
 @pytest.mark.parametrize('model', SETTINGS)
@@ -61,7 +66,7 @@ def test_a_convolutional_net_learns_the_synthetic_images_and_beats_an_mlp():
         model = build_model(config)
         optimizer = build_optimizer(model, config)
         for epoch in range(4):
-            train_epoch(model, optimizer, data, config, epoch)
+            train_epoch(model, optimizer, data, config, fresh(epoch))
         accuracy[name] = (predict(model, val.tensors[0]).argmax(1) == val.tensors[1]).float().mean()
     assert accuracy['lenet5'] > 0.6 and accuracy['lenet5'] > accuracy['mlp'] + 0.15
 
@@ -77,7 +82,7 @@ def test_an_epoch_equals_a_loop_written_out_by_hand(name):
     ours, theirs, first = build_model(config), build_model(config), build_model(config)
     theirs.load_state_dict(ours.state_dict())
     first.load_state_dict(ours.state_dict())
-    train_epoch(ours, build_optimizer(ours, config), data, config, 0)
+    train_epoch(ours, build_optimizer(ours, config), data, config, fresh())
     velocity = {p: torch.zeros_like(p) for p in theirs.parameters()}
     for images, labels in training_batches(data, 50, seed=0):
         theirs.zero_grad()
@@ -113,12 +118,12 @@ def test_learning_rates_are_those_of_pytorchs_schedulers():
 def test_patience_counts_only_after_the_last_drop():
     config = dataclasses.replace(SETTINGS['resnet32'], epochs=100, patience=5)  # drops after 50 and 75
     history = [dict(epoch=epoch, val_accuracy=50.0 + epoch if epoch <= 10 else 50.0) for epoch in range(1, 101)]
-    stops = [epoch for epoch in range(1, 101) if stops_early(config, history[:epoch])]
+    stops = [epoch for epoch in range(1, 101) if is_finished(config, epoch, history[:epoch])]
     assert stops[0] == 80
     history[77]['val_accuracy'] = 91.0
-    assert [epoch for epoch in range(1, 101) if stops_early(config, history[:epoch])][0] == 83
+    assert [epoch for epoch in range(1, 101) if is_finished(config, epoch, history[:epoch])][0] == 83
     no_decay = dataclasses.replace(config, learning_rate_decay='none')
-    assert [epoch for epoch in range(1, 101) if stops_early(no_decay, history[:epoch])][0] == 15
+    assert [epoch for epoch in range(1, 101) if is_finished(no_decay, epoch, history[:epoch])][0] == 15
 
 
 def test_early_stopping_ends_the_run_and_keeps_the_best_epoch(script, tmp_path):
