@@ -8,13 +8,9 @@ import math
 import os
 import re
 import shutil
+import sqlite3
 import sys
 from pathlib import Path
-
-if os.name == 'nt':
-    import msvcrt
-else:
-    import fcntl
 
 RESULTS = Path('results')  # holds a folder for each run
 HISTORY = ('epoch', 'learning_rate', 'train_loss', 'train_accuracy', 'val_loss', 'val_accuracy', 'seconds')
@@ -220,15 +216,10 @@ def write_whole(file, content):
 
 
 def lock(folder):
-    """The open file that makes this process the only one to write a run; the lock ends with the process."""
-    file = open(folder / 'lock', 'w')
+    """Make this process the only one to write a run, until what is returned is closed or the process ends."""
     try:
-        if os.name == 'nt':
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except OSError:
+        return sqlite3.connect(folder / 'lock', timeout=0).executescript('PRAGMA journal_mode=OFF; BEGIN EXCLUSIVE').connection
+    except sqlite3.OperationalError:
         raise UserError(f"{folder} is being written by another process: wait for it, or choose another --name.") from None
 
 

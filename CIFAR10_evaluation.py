@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torchvision.datasets.folder import pil_loader
 
-from CIFAR10_configuration import RESULTS, SETTINGS, Parser, Run, UserError, check, check_name, run_script
+from CIFAR10_configuration import RESULTS, SETTINGS, Parser, Run, UserError, check, check_name, run_script, write_whole
 from CIFAR10_train import build_model, choose_device, evaluate, load_weights, predict
 from dataset import CLASS_NAMES, crop_and_flip, data_load
 
@@ -26,7 +26,7 @@ TITLES = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': 'ResNet-32'}
 COLOURS = {'mlp': 'tab:green', 'lenet5': 'tab:orange', 'resnet32': 'tab:blue'}
 COLUMNS = ('Model', 'GPU (O/X)', 'Batch_size', 'Activation function', 'Weight initialization', 'Optimizer', 'Learning rate',
            'Momentum', 'Weight decay', 'LR decay', 'training time (m)', 'Early stopping epoch', 'Accuracy')  # as on the slide
-PAGE = """<!DOCTYPE html>
+STYLE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>CIFAR-10 Evaluation Report</title>
 <style>
 body { font: 15px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
@@ -62,7 +62,8 @@ def plot_accuracy(runs, file):
     for before, after in learning_rate_drops(runs[0]) if len(runs) == 1 else []:
         axes.axvline(after['epoch'] - 0.5, color='grey', linestyle=':',
                      label=f"learning rate {before['learning_rate']:.2g} to {after['learning_rate']:.2g}")
-    axes.set(xlabel='epoch', ylabel='validation accuracy (%)', title=caution(runs) + "validation accuracy")
+    title = TITLES[runs[0].config.model] + ', ' if len(runs) == 1 else ''
+    axes.set(xlabel='epoch', ylabel='validation accuracy (%)', title=f"{caution(runs)}{title}validation accuracy")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right', fontsize=8)
@@ -182,7 +183,7 @@ def summary(runs):
 
 def write_report(runs):
     """Write the accuracy plots and results/report.html, a single file with all of it inside, from a list of runs."""
-    def best_known(model):  # for the setting's row: on CIFAR-10, named like the model
+    def of_setting(model):  # its run on CIFAR-10 that is named like the model, before any other
         return min((run for run in runs if run.config.model == model), default=None,
                    key=lambda run: (run.config.dataset != 'cifar10', run.folder.name != model, run.folder.name))
 
@@ -190,35 +191,36 @@ def write_report(runs):
         cells = [''.join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
         return f"<table><tr><th></th><th>{'</th><th>'.join(COLUMNS)}</th></tr><tr>{'</tr><tr>'.join(cells)}</tr></table>"
 
-    def picture(folder, name):
-        file = folder / f'{name}.png'
-        return f"<img src='data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}'>" if file.exists() else ""
+    def bullets(lines):
+        return '<ul>' + ''.join(f"<li>{html.escape(line)}</li>" for line in lines) + '</ul>'
+
+    def picture(file):
+        data = base64.b64encode(file.read_bytes()).decode() if file.exists() else ''
+        return f"<figure><img src='data:image/png;base64,{data}'></figure>" if data else "<figure></figure>"
 
     RESULTS.mkdir(exist_ok=True)
-    settings = {model: best_known(model) for model in SETTINGS}
-    own = [run for run in settings.values() if run]
+    settings = [(f"Setting #{number}", model, of_setting(model)) for number, model in enumerate(SETTINGS, 1)]
+    own = [run for _, _, run in settings if run]
     others = [run for run in runs if run not in own]
     for run in runs:
         plot_accuracy([run], run.folder / 'accuracy.png')
-    parts = [PAGE, f"<h1>{caution(own)}CIFAR-10 Evaluation Report</h1>"]
-    parts += [table([f"Setting #{number}", *(report_row(run) if run else [TITLES[model]] + [''] * 12)]
-                    for number, (model, run) in enumerate(settings.items(), 1))]
-    parts += ["<h2>Validation dataset accuracy plot</h2><div class='row'>"]
-    parts += [f"<figure>Setting #{number}{picture(run.folder, 'accuracy') if run else ''}</figure>"
-              for number, run in enumerate(settings.values(), 1)]
-    parts += ["</div><h2>Summary [결과 정리]</h2><ul>"]
-    parts += [f"<li>{html.escape(line)}</li>" for line in ([*summary(own), *map(protocol, own)] if own else ["No run yet."])]
-    parts += ["</ul>"]
     if own:
         plot_accuracy(own, RESULTS / 'accuracy.png')
-        winner = max(own, key=lambda run: run.best['val_accuracy'])
-        parts += [f"<div class='row'><figure>{picture(RESULTS, 'accuracy')}</figure>",
-                  f"<figure>{picture(winner.folder, 'confusion')}</figure></div>",
-                  picture(winner.folder, 'mistakes'), picture(winner.folder, 'samples')]
-    if others:
-        parts += ["<h2>Additional experiments</h2>", table([run.folder.name, *report_row(run)] for run in others)]
-        parts += ["<ul>", *(f"<li>{html.escape(protocol(run))}</li>" for run in others), "</ul>"]
-    (RESULTS / 'report.html').write_text('\n'.join(parts), encoding='utf-8')
+    winner = max(own, key=lambda run: run.best['val_accuracy']).folder if own else RESULTS
+    more = (f"<h2>Additional experiments</h2>{table([run.folder.name, *report_row(run)] for run in others)}"
+            + bullets(map(protocol, others)))
+    write_whole(RESULTS / 'report.html', f"""{STYLE}
+<h1>{caution(own)}CIFAR-10 Evaluation Report</h1>
+{table([name, *(report_row(run) if run else [TITLES[model]] + [''] * 12)] for name, model, run in settings)}
+<h2>Validation dataset accuracy plot</h2>
+<div class="row">{''.join(picture((run.folder if run else winner / 'none') / 'accuracy.png') for _, _, run in settings)}</div>
+<h2>Summary [결과 정리]</h2>
+{bullets([*summary(own), *map(protocol, own)] if own else ["No run yet."])}
+<div class="row">{picture(RESULTS / 'accuracy.png')}{picture(winner / 'confusion.png')}</div>
+{picture(winner / 'mistakes.png')}{picture(winner / 'samples.png')}
+{more if others else ''}
+</html>
+""".encode())
 
 
 def read_picture(file):
@@ -264,7 +266,8 @@ def submit(name):
     if file.exists():
         raise UserError(f"{file} is there already: move it away, or submit under another name.")
     with zipfile.ZipFile(file, 'x', zipfile.ZIP_DEFLATED) as archive:
-        for part in sorted(part for pattern in ('*.py', '*.md', '*.txt', 'dataset/*.py', 'tests/*.py') for part in root.glob(pattern)):
+        parts = (root.glob(pattern) for pattern in ('*.py', '*.md', '*.txt', 'dataset/*.py', 'tests/*.py'))
+        for part in sorted(part for some in parts for part in some):
             archive.write(part, Path(name) / part.relative_to(root))
         archive.write(RESULTS / 'report.html', Path(name) / 'report.html')
     print(f"{file} holds the code and the report.")

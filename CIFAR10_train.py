@@ -7,6 +7,7 @@ import io
 import math
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,24 +49,28 @@ def build_model(config):
     return ResNet32_model()
 
 
+def load_file(file, hint):
+    """The content of a file that torch.save wrote. Raises UserError, ending with the hint, where it isn't safe or whole."""
+    try:
+        return torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as error:  # whatever a damaged or malicious file makes torch.load raise
+        raise UserError(f"{file} can't be loaded ({type(error).__name__}): {hint}.") from None
+
+
 def load_weights(model, file):
     """Load a state dict, bare or under 'model_state_dict', saved also by DataParallel or from a compiled model.
 
-    Raises UserError where the file holds none that is safe to load, or names the first layer that does not fit.
+    Raises UserError where the file is damaged or unsafe, or names the first layer that does not fit.
     """
-    try:
-        state = torch.load(file, map_location='cpu', weights_only=True)
-        state = state.get('model_state_dict', state)
-        state = {re.sub(r'^((module|_orig_mod)\.)+', '', name): tensor for name, tensor in state.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    except Exception as error:  # whatever a damaged or malicious file makes torch.load raise
-        raise UserError(f"{file} holds no weights that can be loaded safely ({type(error).__name__}): "
-                        "give a file that torch.save(model.state_dict(), FILE) wrote.") from None
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in [*wanted, *found]:
-        if wanted.get(name) != found.get(name):
-            raise UserError(f"{file} does not fit {type(model).__name__}: {name} is {found.get(name, 'missing')} in the file "
-                            f"and {wanted.get(name, 'missing')} in the model; choose the --model that the weights belong to.")
+    state = load_file(file, "give a file that torch.save(model.state_dict(), FILE) wrote")
+    state = state.get('model_state_dict', state) if isinstance(state, dict) else None
+    state = {re.sub(r'^((module|_orig_mod)\.)+', '', str(name)): tensor for name, tensor in dict(state or {}).items()}
+    shapes, wanted = ({name: tuple(getattr(tensor, 'shape', ['no tensor'])) for name, tensor in tensors.items()}
+                      for tensors in (state, model.state_dict()))
+    for name in [*wanted, *shapes]:
+        if wanted.get(name) != shapes.get(name):
+            raise UserError(f"{file} does not fit {type(model).__name__}: {name} is {shapes.get(name, 'missing')} in the file and "
+                            f"{wanted.get(name, 'missing')} in the model; choose the --model that the weights belong to.")
     model.load_state_dict(state)
 
 
@@ -117,19 +122,18 @@ def restrict_weights(model, max_norm):
             weight.copy_(weight.renorm(2, 0, max_norm ** 0.5))
 
 
-def serialized(content):
-    """The bytes that torch.save writes."""
+def write_torch(file, content):
+    """torch.save, but whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    return buffer.getbuffer()
+    write_whole(file, buffer.getbuffer())
 
 
 def save(run, model, optimizer, state):
     """Write the run's record and last.pt, all that it needs to continue; learning rates and orders follow from the step."""
-    random = dict(random=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
-    write_whole(run.folder / 'last.pt', serialized(dict(
-        state, **random, configuration=dataclasses.asdict(run.config), history=run.history, model=model.state_dict(),
-        optimizer=optimizer.state_dict())))
+    write_torch(run.folder / 'last.pt', dict(
+        state, configuration=dataclasses.asdict(run.config), history=run.history, model=model.state_dict(),
+        optimizer=optimizer.state_dict(), random=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all()))
     run.write()
 
 
@@ -172,22 +176,36 @@ def train_epoch(model, optimizer, data, config, state, interrupted=()):
             break
 
 
-def load_checkpoint(folder):
-    """The content of last.pt, or None where there is none. Raises UserError where it is damaged."""
+def load_checkpoint(folder, config):
+    """The content of last.pt where this run is to be continued, else None: there is none, or it is finished.
+
+    Raises UserError where it is damaged, or unfinished and of another configuration.
+    """
     if not (folder / 'last.pt').exists():
         return None
-    try:
-        return torch.load(folder / 'last.pt', map_location='cpu', weights_only=True)
-    except Exception as error:  # whatever a damaged or malicious file makes torch.load raise
-        raise UserError(f"{folder / 'last.pt'} is damaged ({type(error).__name__}): begin anew with --restart, "
-                        "which keeps what is there.") from None
+    hint = "begin anew with --restart, which keeps what is there, or under another --name"
+    checkpoint = load_file(folder / 'last.pt', hint)
+    if not isinstance(checkpoint, dict) or 'configuration' not in checkpoint:
+        raise UserError(f"{folder / 'last.pt'} is no checkpoint: {hint}.")
+    old = Configuration(**checkpoint['configuration'])
+    changed = [f for f in dataclasses.fields(config) if getattr(old, f.name) != getattr(config, f.name) != 'auto']
+    if not is_finished(old, checkpoint['epoch'], checkpoint['history']):
+        if changed:
+            before, now = getattr(old, changed[0].name), getattr(config, changed[0].name)
+            raise UserError(f"{folder} is unfinished and was begun with {option(changed[0])} {before}, not {now}: repeat its "
+                            f"options to continue it, or {hint}.")
+        return checkpoint
+    if [f.name for f in changed] == ['epochs'] and config.epochs > old.epochs:
+        if config.learning_rate_decay == 'none':
+            return checkpoint
+        raise UserError(f"{folder} has finished its {old.epochs} epochs, and for {config.epochs} its learning rate would have "
+                        f"fallen otherwise: {hint}.")
 
 
 def open_run(name, config, restart):
-    """Find the run to continue or make a new one: its folder, its checkpoint or None, and the lock to hold.
+    """The folder of the run to continue, or of a new one; its checkpoint or None; and the lock to hold.
 
-    A finished run stays as it is and the new one goes to <name>-2, -3 ... Raises UserError where the unfinished run of
-    that name has another configuration or another process writes it.
+    What is finished stays as it is: the new run goes to <name>-2, -3 ..., or with restart the old one does.
     """
     RESULTS.mkdir(exist_ok=True)
     folders = [RESULTS / name, *(RESULTS / f'{name}-{number}' for number in range(2, 1000))]
@@ -198,23 +216,11 @@ def open_run(name, config, restart):
         print(f"The run that was in {folders[0]} is now in {aside}.")
     for folder in folders:
         folder.mkdir(exist_ok=True)
-        held, checkpoint = lock(folder), load_checkpoint(folder)
+        held, checkpoint = lock(folder), load_checkpoint(folder, config)
         if checkpoint:
-            old = Configuration(**checkpoint['configuration'])
-            finished = is_finished(old, checkpoint['epoch'], checkpoint['history'])
-            changed = [f for f in dataclasses.fields(config) if getattr(old, f.name) != getattr(config, f.name) != 'auto']
-            longer = finished and [f.name for f in changed] == ['epochs'] and config.epochs > old.epochs
-            if changed and not finished:
-                before, now = getattr(old, changed[0].name), getattr(config, changed[0].name)
-                raise UserError(f"{folder} is unfinished and was begun with {option(changed[0])} {before}, not {now}: repeat its "
-                                "options to continue it, or begin anew with --restart or another --name.")
-            if longer and config.learning_rate_decay != 'none':
-                raise UserError(f"{folder} has finished its {old.epochs} epochs, and for {config.epochs} its learning rate would "
-                                "have fallen otherwise: train them under another --name, or with --restart.")
-            if longer or not finished:
-                print(f"Continuing {folder.name} at epoch {checkpoint['epoch'] + 1} of {config.epochs}.")
-                return folder, checkpoint, held
-        elif not (folder / 'best.pt').exists():
+            print(f"Continuing {folder.name} at epoch {checkpoint['epoch'] + 1} of {config.epochs}.")
+            return folder, checkpoint, held
+        if not any((folder / kept).exists() for kept in ('best.pt', 'last.pt')):
             if folder != folders[0]:
                 print(f"{folders[0]} holds a finished run, which stays as it is: this one goes to {folder}.")
             return folder, None, held
@@ -234,19 +240,19 @@ def train(run, model, optimizer, train_data, val_data, state):
     began = time.time() - state['seconds']
     while not is_finished(config, state['epoch'], run.history):
         if interrupted:
-            show(f"Interrupted in epoch {state['epoch'] + 1} after step {state['step']}, and saved: the same command continues.", True)
+            show(f"Interrupted in epoch {state['epoch'] + 1}, step {state['step']}, and saved: the same command continues.", True)
             sys.exit(128 + interrupted[0])
         train_epoch(model, optimizer, train_data, config, state, interrupted)
         if state['step'] == math.ceil(len(train_data) / config.batch_size):
             val_loss, val_accuracy = evaluate(model, val_data)
             state['epoch'] += 1
             run.history.append(dict(
-                epoch=state['epoch'], learning_rate=optimizer.param_groups[0]['lr'], train_loss=state['loss_sum'] / len(train_data),
-                train_accuracy=state['correct'] / len(train_data) * 100, val_loss=val_loss, val_accuracy=val_accuracy,
-                seconds=time.time() - began))
+                epoch=state['epoch'], learning_rate=optimizer.param_groups[0]['lr'],
+                train_loss=state['loss_sum'] / len(train_data), train_accuracy=state['correct'] / len(train_data) * 100,
+                val_loss=val_loss, val_accuracy=val_accuracy, seconds=time.time() - began))
             best = run.best
             if best['epoch'] == state['epoch']:  # early stopping keeps the weights of the best epoch
-                write_whole(run.folder / 'best.pt', serialized({'epoch': state['epoch'], 'model_state_dict': model.state_dict()}))
+                write_torch(run.folder / 'best.pt', {'epoch': state['epoch'], 'model_state_dict': model.state_dict()})
             show(f"epoch {state['epoch']}/{config.epochs}  train loss {run.history[-1]['train_loss']:.3f}  validation accuracy "
                  f"{val_accuracy:.2f} %  best {best['val_accuracy']:.2f} % (epoch {best['epoch']})", done=True)
             state.update(step=0, loss_sum=0.0, correct=0)
@@ -270,6 +276,8 @@ def main():
     model = build_model(config).to(device)
     optimizer = build_optimizer(model, config)
     folder, checkpoint, held = open_run(options.name, config, options.restart)
+    if shutil.disk_usage(folder).free < 32 * sum(p.numel() for p in model.parameters()):  # last.pt and best.pt, old and new
+        raise UserError(f"There is too little room on the disk of {folder} for two checkpoints: make some before training.")
     run = Run(folder, config, describe_machine(device))
     state = dict(epoch=0, step=0, loss_sum=0.0, correct=0, seconds=0.0)
     if checkpoint:

@@ -63,8 +63,9 @@ def fetch(archive, urls):
 def download(url, part, slow):
     """Append what is missing of the archive to part. Raises OSError or ValueError where the server fails or is too slow."""
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={'User-Agent': 'Mozilla/5.0', 'Range': f'bytes={have}-'} if 0 < have < SIZE
-                                     else {'User-Agent': 'Mozilla/5.0'})
+    request = urllib.request.Request(url, headers={'User-Agent': 'Mozilla/5.0'})  # some servers refuse Python's own
+    if 0 < have < SIZE:
+        request.add_header('Range', f'bytes={have}-')
     with urllib.request.urlopen(request, timeout=STALLED) as response:
         resumed = response.status == 206 and response.headers.get('Content-Range', '').startswith(f'bytes {have}-')
         if response.headers.get('Content-Length') not in (None, str(SIZE - have * resumed)):
@@ -77,6 +78,6 @@ def download(url, part, slow):
                 seconds = time.monotonic() - began
                 if seconds > STALLED and came / seconds < slow:
                     raise ValueError(f"it is slow, {came / seconds / 1000:.0f} kB/s")
-                show(f"{url}: {(have * resumed + came) / SIZE:.0%} of {SIZE / 1e6:.0f} MB, {came / max(seconds, 0.1) / 1e6:.1f} MB/s")
+                show(f"{(have * resumed + came) / SIZE:.0%} of {SIZE / 1e6:.0f} MB, {came / (seconds + 1e-9) / 1e6:.1f} MB/s, {url}")
     if have * resumed + came < SIZE:
         raise ValueError("it broke off")

@@ -2,7 +2,8 @@
 import numpy as np
 import torch
 
-CLASSES = tuple(f'{texture} {shape}' for shape in ('disc', 'cross') for texture in ('plain', 'barred', 'pillared', 'checked', 'ringed'))
+TEXTURES = ('plain', 'barred', 'pillared', 'checked', 'ringed')
+CLASSES = tuple(f'{texture} {shape}' for shape in ('disc', 'cross') for texture in TEXTURES)
 
 
 def draw(train):

@@ -65,7 +65,7 @@ def test_checkpoints(tmp_path):
     for bad in damaged(good, 40):
         file.write_bytes(bad)
         shutil.copy(file, tmp_path / 'last.pt')
-        for load in (lambda: load_weights(model, file), lambda: load_checkpoint(tmp_path)):
+        for load in (lambda: load_weights(model, file), lambda: load_checkpoint(tmp_path, SETTINGS['lenet5'])):
             try:
                 load()
             except UserError as error:
