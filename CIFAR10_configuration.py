@@ -219,8 +219,9 @@ def lock(folder):
     """Make this process the only one to write a run, until what is returned is closed or the process ends."""
     try:
         return sqlite3.connect(folder / 'lock', timeout=0).executescript('PRAGMA journal_mode=OFF; BEGIN EXCLUSIVE').connection
-    except sqlite3.OperationalError:
-        raise UserError(f"{folder} is being written by another process: wait for it, or choose another --name.") from None
+    except sqlite3.OperationalError as error:
+        why = "another process is writing there" if 'locked' in str(error) else str(error)
+        raise UserError(f"{folder} can't be used, {why}: wait for it, give write access, or choose another --name.") from None
 
 
 def run_script(main):

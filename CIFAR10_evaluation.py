@@ -120,6 +120,7 @@ def examine(run, data_dir, device):
         plot_images(images[wrong][None], [titles], f"{title}, its most confident mistakes", run.folder / 'mistakes.png')
     images, labels = train_data.tensors
     samples = images[[(labels == c).nonzero()[0].item() for c in range(10)]].cpu()
+    torch.manual_seed(0)
     versions = [samples] + [crop_and_flip(samples, torch.randint(0, 9, (10, 2)), torch.rand(10) < 0.5) for _ in range(3)]
     plot_images(torch.stack(versions), [list(names)] + [["augmented"] * 10] * 3,
                 caution([run]) + "Training images, and as random crops and flips change them", run.folder / 'samples.png')
@@ -181,22 +182,28 @@ def summary(runs):
                    f"accuracy went from {old:.2f} % to {new:.2f} % ({new - old:+.2f} points).")
 
 
+def table(rows):
+    """HTML of the slides' table: a row for each list of cells, whose first one names the row."""
+    cells = [''.join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    return f"<table><tr><th></th><th>{'</th><th>'.join(COLUMNS)}</th></tr><tr>{'</tr><tr>'.join(cells)}</tr></table>"
+
+
+def bullets(lines):
+    """HTML of a list."""
+    return '<ul>' + ''.join(f"<li>{html.escape(line)}</li>" for line in lines) + '</ul>'
+
+
+def picture(file):
+    """HTML that holds a PNG file itself; an empty place where there is none."""
+    data = base64.b64encode(file.read_bytes()).decode() if file.exists() else ''
+    return f"<figure><img src='data:image/png;base64,{data}'></figure>" if data else "<figure></figure>"
+
+
 def write_report(runs):
     """Write the accuracy plots and results/report.html, a single file with all of it inside, from a list of runs."""
     def of_setting(model):  # its run on CIFAR-10 that is named like the model, before any other
         return min((run for run in runs if run.config.model == model), default=None,
                    key=lambda run: (run.config.dataset != 'cifar10', run.folder.name != model, run.folder.name))
-
-    def table(rows):
-        cells = [''.join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
-        return f"<table><tr><th></th><th>{'</th><th>'.join(COLUMNS)}</th></tr><tr>{'</tr><tr>'.join(cells)}</tr></table>"
-
-    def bullets(lines):
-        return '<ul>' + ''.join(f"<li>{html.escape(line)}</li>" for line in lines) + '</ul>'
-
-    def picture(file):
-        data = base64.b64encode(file.read_bytes()).decode() if file.exists() else ''
-        return f"<figure><img src='data:image/png;base64,{data}'></figure>" if data else "<figure></figure>"
 
     RESULTS.mkdir(exist_ok=True)
     settings = [(f"Setting #{number}", model, of_setting(model)) for number, model in enumerate(SETTINGS, 1)]

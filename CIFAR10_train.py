@@ -188,7 +188,7 @@ def load_checkpoint(folder, config):
     if not isinstance(checkpoint, dict) or 'configuration' not in checkpoint:
         raise UserError(f"{folder / 'last.pt'} is no checkpoint: {hint}.")
     old = Configuration(**checkpoint['configuration'])
-    changed = [f for f in dataclasses.fields(config) if getattr(old, f.name) != getattr(config, f.name) != 'auto']
+    changed = [f for f in dataclasses.fields(config) if f.name != 'device' and getattr(old, f.name) != getattr(config, f.name)]
     if not is_finished(old, checkpoint['epoch'], checkpoint['history']):
         if changed:
             before, now = getattr(old, changed[0].name), getattr(config, changed[0].name)

@@ -1,15 +1,20 @@
 """No run is lost: kills, signals, a second process, a full disk and bad losses. KILLS=20 makes the long version."""
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from test_training import rows
+
+import CIFAR10_train
+from CIFAR10_configuration import UserError, lock
 
 KILLS = int(os.environ.get('KILLS', 4))
 SMALL = dict(mlp=['--hidden', '32', '--dropout', '0.3', '--batch-size', '500'], lenet5=['--batch-size', '500'],
@@ -50,6 +55,13 @@ def check_kills(model, command, moments, folder):
     done = run(0, folder / 'killed')
     assert done.returncode == 0 and 'Continuing' in done.stdout, done.stderr
     assert_same(folder / 'whole' / 'results' / model, folder / 'killed' / 'results' / model)
+    reports = []
+    for name in ('whole', 'killed'):
+        subprocess.run([sys.executable, ROOT / 'CIFAR10_evaluation.py'], cwd=folder / name, check=True, capture_output=True)
+        report = (folder / name / 'results' / 'report.html').read_text(encoding='utf-8')
+        report = re.sub(r'trained for [\d.]+ minutes', '', report)
+        reports.append(re.sub(r'<td>[\d.]+</td>(<td>\d+</td><td>[\d.]+ %</td>)', r'\1', report))  # training time (m)
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize('model', SMALL)
@@ -106,11 +118,10 @@ def test_a_changed_option_is_named_and_nothing_changes(unfinished, script):
 
 
 def test_a_second_process_is_refused(unfinished, script):
-    from CIFAR10_configuration import lock
     held = lock(unfinished / 'results' / 'mlp')
     done = script(unfinished, 'CIFAR10_train.py', *options('mlp'))
     held.close()
-    assert done.returncode == 2 and 'another process' in done.stderr
+    assert done.returncode == 2 and 'another process is writing' in done.stderr
 
 
 def test_a_damaged_checkpoint_is_named_and_kept(unfinished, script, tmp_path):
@@ -152,6 +163,15 @@ def test_results_that_cannot_be_written_are_found_before_training(script, tmp_pa
     done = script(tmp_path, 'CIFAR10_train.py', *options('mlp'))
     assert done.returncode == 2 and 'results' in done.stderr and 'epoch 1' not in done.stdout
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_too_small_a_disk_is_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.argv', ['CIFAR10_train.py', *options('mlp')])
+    monkeypatch.setattr('shutil.disk_usage', lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(UserError, match='too little room'):
+        CIFAR10_train.main()
+    assert not list(tmp_path.rglob('*.pt'))
 
 
 @pytest.mark.skipif(os.name == 'nt', reason="limits the size of files as POSIX does")
