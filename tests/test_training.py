@@ -9,7 +9,7 @@ import torch
 from CIFAR10_configuration import HISTORY, SETTINGS
 from CIFAR10_train import (build_model, build_optimizer, is_finished, learning_rate, load_weights, predict, restrict_weights,
                            train_epoch)
-from dataset import data_load, normalize, training_batches
+from dataset import data_load, training_batches
 
 
 def rows(folder):
