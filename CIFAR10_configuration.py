@@ -85,6 +85,8 @@ class Configuration:
     gamma: float = field(0.1, '(0, 1)', "step decay: factor of each drop")
     patience: int = field(20, '[1, inf)', "epochs without a better one that stop the training, after the last drop")
     device: str = field('auto', ('auto', 'cpu', 'cuda', 'mps'), "auto: the GPU where there is one")
+    precision: str = field('auto', ('auto', 'fp32', 'bf16'), "auto: bf16 where the hardware multiplies it natively")
+    compile: str = field('auto', ('auto', 'on', 'off'), "auto: where the training is long enough to pay for it")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -229,7 +231,8 @@ def run_script(main):
     try:
         main()
     except UserError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get('RANK', '0') == '0':  # of several processes under torchrun only one says it
+            print(error, file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"{error.filename or 'A file'} can't be read or written ({error.strerror}): check that path.", file=sys.stderr)

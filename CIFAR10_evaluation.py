@@ -108,7 +108,7 @@ def examine(run, data_dir, device):
     if config.holdout:  # the one look at the test images, after every choice was made
         test_data = data_load(config.dataset, data_dir, device=device, urls=())[1]
         found['test_accuracy'] = evaluate(model, test_data)[1]
-    (run.folder / 'evaluation.json').write_text(json.dumps(found), encoding='utf-8')
+    write_whole(run.folder / 'evaluation.json', json.dumps(found).encode())
 
     title = caution([run]) + TITLES[config.model]
     count = torch.zeros(10, 10, dtype=int).index_put_((labels.cpu(), predicted.cpu()), torch.tensor(1), accumulate=True)
@@ -211,7 +211,7 @@ def write_report(runs):
     others = [run for run in runs if run not in own]
     for run in runs:
         plot_accuracy([run], run.folder / 'accuracy.png')
-    if own:
+    if len(own) > 1:
         plot_accuracy(own, RESULTS / 'accuracy.png')
     winner = max(own, key=lambda run: run.best['val_accuracy']).folder if own else RESULTS
     more = (f"<h2>Additional experiments</h2>{table([run.folder.name, *report_row(run)] for run in others)}"
@@ -223,7 +223,7 @@ def write_report(runs):
 <div class="row">{''.join(picture((run.folder if run else winner / 'none') / 'accuracy.png') for _, _, run in settings)}</div>
 <h2>Summary [결과 정리]</h2>
 {bullets([*summary(own), *map(protocol, own)] if own else ["No run yet."])}
-<div class="row">{picture(RESULTS / 'accuracy.png')}{picture(winner / 'confusion.png')}</div>
+<div class="row">{picture(RESULTS / 'accuracy.png') if len(own) > 1 else ''}{picture(winner / 'confusion.png')}</div>
 {picture(winner / 'mistakes.png')}{picture(winner / 'samples.png')}
 {more if others else ''}
 </html>

@@ -2,9 +2,11 @@
 
 A run in the order it happens: configuration, images, model, epochs of steps, results/<name>/, evaluation.
 """
+import ctypes
 import dataclasses
 import io
 import math
+import os
 import platform
 import re
 import shutil
@@ -15,6 +17,8 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 
 from CIFAR10_configuration import (RESULTS, Configuration, Run, UserError, lock, option, parse_configuration, run_script, show,
@@ -26,18 +30,26 @@ from ResNet_model import ResNet32_model
 
 
 def choose_device(name):
-    """The torch.device of that name; 'auto' is CUDA, MPS or the CPU, the first there is."""
+    """The torch.device of that name; 'auto' is CUDA, MPS or the CPU, the first there is. torchrun gives each process its GPU."""
     there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     name = next(d for d in there if there[d]) if name == 'auto' else name
     if not there[name]:
         raise UserError(f"This machine or this PyTorch has no {name}: leave --device out to use what there is.")
+    if name == 'cuda':
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     return torch.device(name)
 
 
 def describe_machine(device):
     """What the report says of the machine: device, processor, threads and PyTorch version."""
-    processor = torch.cuda.get_device_name() if device.type == 'cuda' else platform.processor() or platform.machine()
-    return dict(device=device.type, processor=processor, threads=torch.get_num_threads(), torch=torch.__version__)
+    processor = capabilities().get('cpu_name') or platform.processor() or platform.machine()
+    return dict(device=device.type, processor=torch.cuda.get_device_name() if device.type == 'cuda' else processor,
+                processes=process()[1], threads=torch.get_num_threads(), torch=torch.__version__)
+
+
+def capabilities():
+    """What the CPU can do, as PyTorch 2.10 and newer tell it."""
+    return getattr(torch.cpu, 'get_capabilities', dict)()
 
 
 def build_model(config):
@@ -47,6 +59,62 @@ def build_model(config):
     if config.model == 'lenet5':
         return LeNet5_model(config.activation, config.initialization)
     return ResNet32_model()
+
+
+def accelerate(model, config, device, steps):
+    """Everything that only makes training faster, by what the machine has and how many steps it will take.
+
+    Returns:
+        A function of images (N, 3, 32, 32) and labels (N,) that returns their mean loss and logits (N, 10).
+    """
+    if sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
+        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed activations instead of faulting them in anew
+            ctypes.CDLL(None).mallopt(threshold, 1 << 30)
+    model.to(memory_format=torch.channels_last)  # the layout in which convolutions compute; nothing to a linear layer
+    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == 'cuda' else
+              device.type == 'cpu' and (capabilities().get('avx512_bf16') or capabilities().get('amx_bf16')))
+    bf16 = native if config.precision == 'auto' else config.precision == 'bf16'
+    parallel = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+
+    def forward(images, labels):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(bf16)):
+            logits = parallel(images)
+            return F.cross_entropy(logits, labels), logits
+
+    compiler = any(map(shutil.which, ('g++', 'clang++', 'cl'))) and device.type != 'mps'
+    pays = any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) and steps > 3000  # it fuses what is between convolutions
+    if config.compile == 'off' or config.compile == 'auto' and not (compiler and pays):
+        return forward
+    for m in model.modules():
+        if isinstance(m, nn.MaxPool2d) and m.kernel_size == 1:  # the same values and gradients, without max-pooling's indices
+            m.forward = lambda x, stride=m.stride: x[:, :, ::stride, ::stride]
+    # In place, a store of 16 bf16 numbers stalls the next load, as both touch a register of 32: BN's backward took twice as long.
+    compiled = torch.compile(forward, dynamic=False, options={'inplace_buffers': False})
+
+    def forward_compiled(images, labels):
+        nonlocal compiled
+        try:
+            return (compiled if len(images) == config.batch_size // process()[1] else forward)(images, labels)
+        except Exception as error:  # whatever a compiler can fail with
+            print(f"Training goes on without compilation, which failed ({type(error).__name__}): install a C++ compiler, or give "
+                  "--compile off.")
+            compiled = forward
+            return forward(images, labels)
+
+    return forward_compiled
+
+
+def process():
+    """The number of this process and how many train together: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def over_all_processes(*numbers):
+    """The sum of each number (float or scalar tensor) over the processes that train together."""
+    sums = torch.tensor([torch.as_tensor(number).item() for number in numbers], dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def load_file(file, hint):
@@ -78,8 +146,8 @@ def build_optimizer(model, config):
     """SGD with momentum or Adam over all weights, with the L2 penalty of weight decay."""
     if config.optimizer == 'adam':
         return torch.optim.Adam(model.parameters(), config.learning_rate, (config.momentum, 0.999),
-                                weight_decay=config.weight_decay)
-    return torch.optim.SGD(model.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay)
+                                weight_decay=config.weight_decay, fused=True)
+    return torch.optim.SGD(model.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(config, epoch):
@@ -108,10 +176,12 @@ def predict(model, images):
 
 
 def evaluate(model, data):
-    """Mean cross-entropy loss and accuracy in percent on a data set."""
-    images, labels = data.tensors
+    """Mean cross-entropy loss and accuracy in percent on a data set, in float32; every process takes its share of it."""
+    rank, world = process()
+    images, labels = (tensor[rank::world] for tensor in data.tensors)
     logits = predict(model, images)
-    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).sum().item() / len(labels) * 100
+    loss_sum, correct = over_all_processes(F.cross_entropy(logits, labels, reduction='sum'), (logits.argmax(1) == labels).sum())
+    return loss_sum / len(data), correct / len(data) * 100
 
 
 @torch.no_grad()
@@ -130,50 +200,56 @@ def write_torch(file, content):
 
 
 def save(run, model, optimizer, state):
-    """Write the run's record and last.pt, all that it needs to continue; learning rates and orders follow from the step."""
-    write_torch(run.folder / 'last.pt', dict(
-        state, configuration=dataclasses.asdict(run.config), history=run.history, model=model.state_dict(),
-        optimizer=optimizer.state_dict(), random=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all()))
+    """Write best.pt after the best epoch so far, last.pt with all that the run needs to continue, and the run's record."""
+    if process()[0] > 0:
+        return
+    if state['step'] == 0 and state['epoch'] and run.best['epoch'] == state['epoch']:
+        write_torch(run.folder / 'best.pt', {'epoch': state['epoch'], 'model_state_dict': model.state_dict()})
+    write_torch(run.folder / 'last.pt', dict(state, configuration=dataclasses.asdict(run.config), history=run.history,
+                                             model=model.state_dict(), optimizer=optimizer.state_dict()))
     run.write()
 
 
-def train_epoch(model, optimizer, data, config, state, interrupted=()):
-    """Take the steps of an epoch from state['step'] on; ends early, after a whole step, once interrupted is not empty.
+def train_epoch(model, forward, optimizer, data, config, state, interrupted=()):
+    """Take the steps of an epoch from state['step'] on; forward is what accelerate returns.
 
     state counts what is done: epochs, steps of the present epoch, its summed loss and its correct answers.
+    Returns True where a process was interrupted: it then ends early, after a whole step.
     """
     model.train()
-    seed = config.seed * 100_000 + state['epoch']  # with the step, it decides all that is random
-    if state['step'] == 0:
-        torch.manual_seed(seed)
+    rank, world = process()
+    seed = config.seed * 100_000 + state['epoch']  # with step and process, it decides all that is random
     steps, began, first, shown = math.ceil(len(data) / config.batch_size), time.time(), state['step'], 0
-    for images, labels in training_batches(data, config.batch_size, seed, first):
+    for images, labels in training_batches(data, config.batch_size, seed, first, rank, world):
+        if config.dropout:
+            torch.manual_seed((seed * 50_000 + state['step']) * 1000 + rank)
         rate = learning_rate(config, state['epoch'] + state['step'] / steps)
         for group in optimizer.param_groups:
             group['lr'] = rate
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        where = f"epoch {state['epoch'] + 1}/{config.epochs}  step {state['step'] + 1}/{steps}"
-        if not math.isfinite(loss.item()):
-            raise UserError(f"The loss is {loss.item()} at {where}, learning rate {rate:.2g}: begin anew with --restart and a "
-                            "smaller --learning-rate; the best weights so far are kept.")
+        loss, logits = forward(images, labels)
+        batch_size = min(config.batch_size, len(data) - state['step'] * config.batch_size)
         optimizer.zero_grad()
-        loss.backward()
+        (loss * (len(labels) * world / batch_size)).backward()  # the mean over processes is then that over the batch's images
+        loss_sum, correct, stop = over_all_processes(loss * len(labels), (logits.argmax(1) == labels).sum(), len(interrupted))
+        where = f"epoch {state['epoch'] + 1}/{config.epochs}  step {state['step'] + 1}/{steps}"
+        if not math.isfinite(loss_sum):
+            raise UserError(f"The loss is {loss_sum} at {where}, learning rate {rate:.2g}: begin anew with --restart and a "
+                            "smaller --learning-rate; the best weights so far are kept.")
         optimizer.step()
         if config.max_norm:
             restrict_weights(model, config.max_norm)
 
         state['step'] += 1
-        state['loss_sum'] += loss.item() * len(labels)
-        state['correct'] += (logits.argmax(1) == labels).sum().item()
+        state['loss_sum'] += loss_sum
+        state['correct'] += correct
         if time.time() - shown > 0.2:
             shown = time.time()
             speed = (state['step'] - first) / (shown - began)  # steps a second
             left = (steps * (config.epochs - state['epoch']) - state['step']) / speed / 60
-            show(f"{where}  loss {loss.item():.3f}  learning rate {rate:.2g}  {speed * config.batch_size:,.0f} images/s  "
+            show(f"{where}  loss {loss_sum / batch_size:.3f}  learning rate {rate:.2g}  {speed * config.batch_size:,.0f} images/s  "
                  f"{left:.1f} min left")
-        if interrupted:
-            break
+        if stop:
+            return True
 
 
 def load_checkpoint(folder, config):
@@ -185,11 +261,13 @@ def load_checkpoint(folder, config):
         return None
     hint = "begin anew with --restart, which keeps what is there, or under another --name"
     checkpoint = load_file(folder / 'last.pt', hint)
-    if not isinstance(checkpoint, dict) or 'configuration' not in checkpoint:
-        raise UserError(f"{folder / 'last.pt'} is no checkpoint: {hint}.")
-    old = Configuration(**checkpoint['configuration'])
-    changed = [f for f in dataclasses.fields(config) if f.name != 'device' and getattr(old, f.name) != getattr(config, f.name)]
-    if not is_finished(old, checkpoint['epoch'], checkpoint['history']):
+    try:
+        old = Configuration(**checkpoint['configuration'])
+        finished = is_finished(old, checkpoint['epoch'], checkpoint['history'])
+    except (TypeError, KeyError, ValueError, UserError):
+        raise UserError(f"{folder / 'last.pt'} is no checkpoint of this program: {hint}.") from None
+    changed = [f for f in dataclasses.fields(config) if f.name not in ('device', 'precision', 'compile') and getattr(old, f.name) != getattr(config, f.name)]
+    if not finished:
         if changed:
             before, now = getattr(old, changed[0].name), getattr(config, changed[0].name)
             raise UserError(f"{folder} is unfinished and was begun with {option(changed[0])} {before}, not {now}: repeat its "
@@ -227,7 +305,7 @@ def open_run(name, config, restart):
         held.close()
 
 
-def train(run, model, optimizer, train_data, val_data, state):
+def train(run, model, forward, optimizer, train_data, val_data, state):
     """Train to the last epoch or the early stop; SIGINT and SIGTERM end it after the present step, saved."""
     config, interrupted = run.config, []
 
@@ -237,12 +315,12 @@ def train(run, model, optimizer, train_data, val_data, state):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    began = time.time() - state['seconds']
+    began, stop = time.time() - state['seconds'], False
     while not is_finished(config, state['epoch'], run.history):
-        if interrupted:
+        if stop:
             show(f"Interrupted in epoch {state['epoch'] + 1}, step {state['step']}, and saved: the same command continues.", True)
-            sys.exit(128 + interrupted[0])
-        train_epoch(model, optimizer, train_data, config, state, interrupted)
+            sys.exit(128 + (interrupted or [signal.SIGTERM])[0])
+        stop = train_epoch(model, forward, optimizer, train_data, config, state, interrupted)
         if state['step'] == math.ceil(len(train_data) / config.batch_size):
             val_loss, val_accuracy = evaluate(model, val_data)
             state['epoch'] += 1
@@ -251,8 +329,6 @@ def train(run, model, optimizer, train_data, val_data, state):
                 train_loss=state['loss_sum'] / len(train_data), train_accuracy=state['correct'] / len(train_data) * 100,
                 val_loss=val_loss, val_accuracy=val_accuracy, seconds=time.time() - began))
             best = run.best
-            if best['epoch'] == state['epoch']:  # early stopping keeps the weights of the best epoch
-                write_torch(run.folder / 'best.pt', {'epoch': state['epoch'], 'model_state_dict': model.state_dict()})
             show(f"epoch {state['epoch']}/{config.epochs}  train loss {run.history[-1]['train_loss']:.3f}  validation accuracy "
                  f"{val_accuracy:.2f} %  best {best['val_accuracy']:.2f} % (epoch {best['epoch']})", done=True)
             state.update(step=0, loss_sum=0.0, correct=0)
@@ -262,11 +338,27 @@ def train(run, model, optimizer, train_data, val_data, state):
         print(f"Stopped early: nothing better than epoch {run.best['epoch']} in {config.patience} epochs.")
 
 
+def load_images(config, options, device):
+    """data_load's training and validation images; of several processes the first one loads, or downloads, before the others."""
+    rank, world = process()
+    if rank:
+        dist.barrier()
+    data = data_load(config.dataset, options.data_dir, config.holdout, config.seed, device, options.data_url)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    if (len(data[0]) % config.batch_size or config.batch_size) < world:
+        raise UserError(f"--batch-size {config.batch_size} leaves a batch of fewer images than processes: choose another.")
+    return data
+
+
 def main():
     config, options = parse_configuration()
     device = choose_device(config.device)
-    train_data, val_data = data_load(config.dataset, options.data_dir, config.holdout, config.seed, device, options.data_url)
-    print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device}")
+    if 'RANK' in os.environ:  # set by torchrun
+        dist.init_process_group()
+        sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, 'w')
+    train_data, val_data = load_images(config, options, device)
+    print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device.type}")
     if config.dataset != 'cifar10':
         print("These are synthetic images, NOT CIFAR-10.")
     print(f"Training images: {len(train_data):,}\nValidation images: {len(val_data):,}"
@@ -275,7 +367,12 @@ def main():
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
     optimizer = build_optimizer(model, config)
-    folder, checkpoint, held = open_run(options.name, config, options.restart)
+    opened, held = [None, None], None
+    if process()[0] == 0:
+        *opened, held = open_run(options.name, config, options.restart)
+    if dist.is_initialized():
+        dist.broadcast_object_list(opened)
+    folder, checkpoint = opened
     if shutil.disk_usage(folder).free < 32 * sum(p.numel() for p in model.parameters()):  # last.pt and best.pt, old and new
         raise UserError(f"There is too little room on the disk of {folder} for two checkpoints: make some before training.")
     run = Run(folder, config, describe_machine(device))
@@ -283,17 +380,19 @@ def main():
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
-        torch.set_rng_state(checkpoint['random'])
-        torch.cuda.set_rng_state_all(checkpoint['cuda'])
         run.history = checkpoint['history']
         state = {name: checkpoint[name] for name in state}
     save(run, model, optimizer, state)  # finds a folder that can't be written before any training
-    train(run, model, optimizer, train_data, val_data, state)
-    held.close()
+    steps = config.epochs * math.ceil(len(train_data) / config.batch_size)
+    train(run, model, accelerate(model, config, device, steps), optimizer, train_data, val_data, state)
     print(f"Best validation accuracy {run.best['val_accuracy']:.2f} % at epoch {run.best['epoch']}, after "
-          f"{run.history[-1]['seconds'] / 60:.1f} minutes; weights and history are in {run.folder}.")
-    subprocess.run([sys.executable, Path(__file__).with_name('CIFAR10_evaluation.py'), '--name', run.folder.name,
-                    '--data-dir', options.data_dir])
+          f"{run.history[-1]['seconds'] / 60:.1f} minutes; weights and history are in {run.folder}.", flush=True)
+    if held:
+        held.close()
+        subprocess.run([sys.executable, Path(__file__).with_name('CIFAR10_evaluation.py'), '--name', run.folder.name,
+                        '--data-dir', options.data_dir])
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -64,7 +64,8 @@ def crop_and_flip(images, offsets, flips, padding=4):
     height, width = images.shape[2:]
     crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of every possible crop
     images = crops[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
-    return torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
+    images[flips] = images[flips].flip(3)
+    return images
 
 
 def normalize(images):
@@ -72,12 +73,16 @@ def normalize(images):
     return TF.normalize(images.float().div(255), MEAN, STD)
 
 
-def training_batches(data, batch_size, seed, first=0):
-    """Yield one epoch of augmented batches from the first on: (N, 3, 32, 32) float32 and labels (N,); seed decides all."""
+def training_batches(data, batch_size, seed, first=0, rank=0, world=1):
+    """Yield one epoch of augmented batches from the first on: (N, 3, 32, 32) float32 and labels (N,); seed decides all.
+
+    Of world processes each gets, by its rank, every world-th image of a batch.
+    """
     images, labels = data.tensors
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).to(images.device)
     offsets = torch.randint(0, 9, (len(images), 2), generator=generator).to(images.device)
     flips = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
     for i in order.split(batch_size)[first:]:
+        i = i[rank::world]
         yield normalize(crop_and_flip(images[i], offsets[i], flips[i])), labels[i]

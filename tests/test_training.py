@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from CIFAR10_configuration import HISTORY, SETTINGS
-from CIFAR10_train import (build_model, build_optimizer, is_finished, learning_rate, load_weights, predict, restrict_weights,
+from CIFAR10_train import (accelerate, build_model, build_optimizer, is_finished, learning_rate, load_weights, predict, restrict_weights,
                            train_epoch)
 from dataset import data_load, training_batches
 
@@ -66,7 +66,7 @@ def test_a_convolutional_net_learns_the_synthetic_images_and_beats_an_mlp():
         model = build_model(config)
         optimizer = build_optimizer(model, config)
         for epoch in range(4):
-            train_epoch(model, optimizer, data, config, fresh(epoch))
+            train_epoch(model, accelerate(model, config, torch.device('cpu'), 1), optimizer, data, config, fresh(epoch))
         accuracy[name] = (predict(model, val.tensors[0]).argmax(1) == val.tensors[1]).float().mean()
     assert accuracy['lenet5'] > 0.6 and accuracy['lenet5'] > accuracy['mlp'] + 0.15
 
@@ -75,14 +75,15 @@ def test_a_convolutional_net_learns_the_synthetic_images_and_beats_an_mlp():
 def test_an_epoch_equals_a_loop_written_out_by_hand(name):
     """PyTorch's optimizer and loss on the same batches, the update of SGD with momentum as on the slides."""
     config = dataclasses.replace(SETTINGS[name], optimizer='sgd', learning_rate=0.01, weight_decay=1e-3, epochs=1,
-                                 learning_rate_decay='none', batch_size=50)
+                                 learning_rate_decay='none', batch_size=50, precision='fp32')
     config = dataclasses.replace(config, hidden=(32,)) if name == 'mlp' else config
     data = torch.utils.data.TensorDataset(*(t[:150] for t in data_load('synthetic')[0].tensors))
     torch.manual_seed(0)
     ours, theirs, first = build_model(config), build_model(config), build_model(config)
     theirs.load_state_dict(ours.state_dict())
     first.load_state_dict(ours.state_dict())
-    train_epoch(ours, build_optimizer(ours, config), data, config, fresh())
+    forward = accelerate(ours, config, torch.device('cpu'), 3)
+    train_epoch(ours, forward, build_optimizer(ours, config), data, config, fresh())
     velocity = {p: torch.zeros_like(p) for p in theirs.parameters()}
     for images, labels in training_batches(data, 50, seed=0):
         theirs.zero_grad()

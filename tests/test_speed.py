@@ -1,0 +1,187 @@
+"""What makes training faster leaves its results alone: precision, compilation, several processes."""
+import copy
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from test_training import fresh, rows
+from torch.utils.data import TensorDataset
+
+from CIFAR10_configuration import SETTINGS
+from CIFAR10_train import accelerate, build_model, build_optimizer, evaluate, train_epoch
+from dataset import crop_and_flip, data_load, training_batches
+
+CPU = torch.device('cpu')
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2']
+SLOW = dict(precision='fp32', compile='off')
+
+
+def first(images):
+    """The first images of the synthetic training set."""
+    return TensorDataset(*(tensor[:images] for tensor in data_load('synthetic')[0].tensors))
+
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_the_first_20_losses_equal_those_of_a_plain_loop(name):
+    """In double precision, for batch norm soon magnifies the roundings of single precision."""
+    config = dataclasses.replace(SETTINGS[name], batch_size=40, optimizer='sgd', learning_rate=0.01, epochs=1, momentum=0.9,
+                                 learning_rate_decay='none', weight_decay=1e-3, dropout=0.0, **SLOW)
+    data = first(790)  # the last batch is a smaller one
+    torch.manual_seed(0)
+    model = build_model(config).double()
+    plain, losses, expected = copy.deepcopy(model), [], []
+    forward = accelerate(model, config, CPU, steps=20)
+
+    def watched(images, labels):
+        loss, logits = forward(images.double(), labels)
+        losses.append(loss.item())
+        return loss, logits
+
+    train_epoch(model, watched, build_optimizer(model, config), data, config, fresh())
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-3, foreach=False)
+    for images, labels in training_batches(data, 40, seed=0):
+        loss = torch.nn.CrossEntropyLoss()(plain(images.double()), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert len(losses) == 20 and losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_shortcut_that_is_compiled_gives_the_same_values_and_gradients():
+    config = dataclasses.replace(SETTINGS['resnet32'], compile='on')
+    model = build_model(config)
+    other = copy.deepcopy(model)
+    accelerate(other, config, CPU, steps=1)
+    images = torch.randn(8, 3, 32, 32)
+    for net in (model, other):
+        net.to(memory_format=torch.contiguous_format)(images).square().sum().backward()
+    assert torch.equal(model(images), other(images))
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def accuracies(name, epochs, **speed):
+    """Validation accuracy on the synthetic images with each of three seeds."""
+    data, val_data = data_load('synthetic')
+    for seed in range(3):
+        config = dataclasses.replace(SETTINGS[name], epochs=epochs, batch_size=100, seed=seed, learning_rate_decay='cosine',
+                                     optimizer='sgd', learning_rate=0.02, **speed)
+        torch.manual_seed(seed)
+        model = build_model(config)
+        forward, optimizer = accelerate(model, config, CPU, steps=1), build_optimizer(model, config)
+        for epoch in range(epochs):
+            train_epoch(model, forward, optimizer, data, config, fresh(epoch))
+        yield evaluate(model, val_data)[1]
+
+
+@pytest.mark.parametrize('name, epochs, faster', [('lenet5', 6, 'off'), ('lenet5', 6, 'on'), ('resnet32', 2, 'on')])
+def test_bf16_and_compiled_runs_are_as_accurate_as_float32_within_seed_noise(name, epochs, faster):
+    plain = list(accuracies(name, epochs, **SLOW))
+    assert statistics.mean(plain) > 50  # they learned something
+    found = list(accuracies(name, epochs, precision='bf16', compile=faster))
+    noise = (statistics.variance(plain) + statistics.variance(found)) ** 0.5
+    assert abs(statistics.mean(found) - statistics.mean(plain)) < 2.5 * noise + 0.5, (plain, found)
+
+
+def test_a_failing_compiler_is_named_and_training_goes_on_without(script, tmp_path, monkeypatch):
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
+    done = script(tmp_path, 'CIFAR10_train.py', '--model', 'lenet5', '--dataset', 'synthetic', '--epochs', 1, '--compile', 'on')
+    assert done.returncode == 0 and done.stdout.count('without compilation') == 1 and 'epoch 1/1' in done.stdout
+
+
+def test_processes_together_see_each_batch_once():
+    data = first(130)
+    whole = list(training_batches(data, 32, seed=5))
+    shares = [list(training_batches(data, 32, 5, rank=rank, world=3)) for rank in range(3)]
+    for batch, *parts in zip(whole, *shares):
+        for rank, (images, labels) in enumerate(parts):
+            assert torch.equal(images, batch[0][rank::3]) and torch.equal(labels, batch[1][rank::3])
+        assert sum(len(labels) for _, labels in parts) == len(batch[1])
+
+
+def torchrun(folder, *command):
+    return subprocess.run([*TORCHRUN, *map(str, command)], cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+WORKER = f"""
+import os, sys, torch, torch.distributed as dist
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+from test_speed import *
+dist.init_process_group()
+rank = dist.get_rank()
+config = dataclasses.replace(SETTINGS[sys.argv[1]], batch_size=40, epochs=1, **SLOW)
+torch.manual_seed(rank)  # the first process's weights must reach the second one
+model = build_model(config)
+forward = accelerate(model, config, CPU, steps=5)
+def dying(images, labels):
+    if sys.argv[2] == 'dies' and rank == 1:
+        os._exit(9)
+    return forward(images, labels)
+train_epoch(model, dying, build_optimizer(model, config), first(190), config, fresh())
+torch.save(dict(model.named_parameters()), f'{{rank}}.pt')
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize('name', ['lenet5', 'resnet32'])
+def test_two_processes_end_with_identical_weights(name, tmp_path):
+    (tmp_path / 'worker.py').write_text(WORKER)
+    done = torchrun(tmp_path, 'worker.py', name, 'lives')
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
+    assert one and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):
+    (tmp_path / 'worker.py').write_text(WORKER)
+    began = time.time()
+    assert torchrun(tmp_path, 'worker.py', 'lenet5', 'dies').returncode != 0
+    assert time.time() - began < 120 and not (tmp_path / '0.pt').exists()
+
+
+def test_without_batch_norm_two_processes_train_as_one(script, tmp_path):
+    options = ['--model', 'lenet5', '--dataset', 'synthetic', '--epochs', 2, '--batch-size', 120, '--precision', 'fp32']
+    alone = script(tmp_path, 'CIFAR10_train.py', *options, '--name', 'alone')
+    together = torchrun(tmp_path, ROOT / 'CIFAR10_train.py', *options, '--name', 'together')
+    assert alone.returncode == 0 and together.returncode == 0, together.stderr
+    assert together.stdout.count('epoch 1/2') == together.stdout.count('The report is') == 1  # only one process prints
+    for a, b in zip(*(rows(tmp_path / 'results' / name) for name in ('alone', 'together'))):
+        for column in ('train_loss', 'val_loss', 'learning_rate'):
+            assert float(a[column]) == pytest.approx(float(b[column]), rel=2e-3)
+        for column in ('train_accuracy', 'val_accuracy'):
+            assert float(a[column]) == pytest.approx(float(b[column]), abs=1.0)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason="sends POSIX signals")
+def test_two_processes_are_interrupted_saved_and_continued(tmp_path):
+    command = [*TORCHRUN, str(ROOT / 'CIFAR10_train.py'), '--model', 'lenet5', '--dataset', 'synthetic', '--epochs', '6', '--name', 'two']
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith('epoch 1/'):
+            break
+    process.terminate()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and output.count('the same command continues') == 1
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and 'Continuing two at epoch 2' in done.stdout and len(rows(tmp_path / 'results' / 'two')) == 6
+
+
+def test_a_batch_that_does_not_reach_every_process_is_refused(tmp_path):
+    done = torchrun(tmp_path, ROOT / 'CIFAR10_train.py', '--model', 'mlp', '--dataset', 'synthetic', '--batch-size', 4999)
+    assert done.returncode != 0 and done.stderr.count('--batch-size 4999 leaves a batch') == 1
+    assert not (tmp_path / 'results').exists()
+
+
+def test_random_crops_do_not_change_the_images_they_are_taken_from():
+    images = first(20).tensors[0]
+    before = images.clone()
+    crop_and_flip(images, torch.full((20, 2), 4), torch.ones(20, dtype=bool))
+    assert torch.equal(images, before)
