@@ -33,9 +33,7 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
     Raises:
         UserError: CIFAR-10 is not to be had, or holdout leaves nothing to train on.
     """
-    if dataset == 'cifar10':
-        ensure_cifar10(Path(data_dir), urls)
-    read = synthetic.draw if dataset == 'synthetic' else lambda train: read_cifar10(data_dir, train)
+    read = synthetic.draw if dataset == 'synthetic' else lambda train: read_cifar10(Path(data_dir), train, urls)
     images, labels = read(train=True)
     if holdout == 0:
         return TensorDataset(images.to(device), labels.to(device)), TensorDataset(*(t.to(device) for t in read(train=False)))
@@ -47,9 +45,13 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
     return tuple(TensorDataset(images[part].to(device), labels[part].to(device)) for part in (order[holdout:], order[:holdout]))
 
 
-def read_cifar10(data_dir, train):
-    """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,), their MD5 sums checked by torchvision."""
-    data = torchvision.datasets.CIFAR10(Path(data_dir), train=train)
+def read_cifar10(data_dir, train, urls):
+    """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,), their MD5 sums checked by torchvision, fetched where they fail."""
+    try:
+        data = torchvision.datasets.CIFAR10(data_dir, train=train)
+    except RuntimeError:
+        ensure_cifar10(data_dir, urls)
+        data = torchvision.datasets.CIFAR10(data_dir, train=train)
     return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
 
 
