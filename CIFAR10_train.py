@@ -199,11 +199,11 @@ def write_torch(file, content):
     write_whole(file, buffer.getbuffer())
 
 
-def save(run, model, optimizer, state):
-    """Write best.pt after the best epoch so far, last.pt with all that the run needs to continue, and the run's record."""
+def save(run, model, optimizer, state, is_best=False):
+    """Write best.pt if these are the best weights so far, last.pt with all that the run needs to continue, and its record."""
     if process()[0] > 0:
         return
-    if state['step'] == 0 and state['epoch'] and run.best['epoch'] == state['epoch']:
+    if is_best:
         write_torch(run.folder / 'best.pt', {'epoch': state['epoch'], 'model_state_dict': model.state_dict()})
     write_torch(run.folder / 'last.pt', dict(state, configuration=dataclasses.asdict(run.config), history=run.history,
                                              model=model.state_dict(), optimizer=optimizer.state_dict()))
@@ -320,7 +320,7 @@ def train(run, model, forward, optimizer, train_data, val_data, state):
         if stop:
             show(f"Interrupted in epoch {state['epoch'] + 1}, step {state['step']}, and saved: the same command continues.", True)
             sys.exit(128 + (interrupted or [signal.SIGTERM])[0])
-        stop = train_epoch(model, forward, optimizer, train_data, config, state, interrupted)
+        stop, is_best = train_epoch(model, forward, optimizer, train_data, config, state, interrupted), False
         if state['step'] == math.ceil(len(train_data) / config.batch_size):
             val_loss, val_accuracy = evaluate(model, val_data)
             state['epoch'] += 1
@@ -328,12 +328,13 @@ def train(run, model, forward, optimizer, train_data, val_data, state):
                 epoch=state['epoch'], learning_rate=optimizer.param_groups[0]['lr'],
                 train_loss=state['loss_sum'] / len(train_data), train_accuracy=state['correct'] / len(train_data) * 100,
                 val_loss=val_loss, val_accuracy=val_accuracy, seconds=time.time() - began))
-            best = run.best
+            best = run.best  # early stopping keeps the weights of this epoch
+            is_best = best['epoch'] == state['epoch']
             show(f"epoch {state['epoch']}/{config.epochs}  train loss {run.history[-1]['train_loss']:.3f}  validation accuracy "
                  f"{val_accuracy:.2f} %  best {best['val_accuracy']:.2f} % (epoch {best['epoch']})", done=True)
             state.update(step=0, loss_sum=0.0, correct=0)
         state['seconds'] = time.time() - began
-        save(run, model, optimizer, state)
+        save(run, model, optimizer, state, is_best)
     if state['epoch'] < config.epochs:
         print(f"Stopped early: nothing better than epoch {run.best['epoch']} in {config.patience} epochs.")
 

@@ -79,20 +79,20 @@ def test_an_epoch_equals_a_loop_written_out_by_hand(name):
     config = dataclasses.replace(config, hidden=(32,)) if name == 'mlp' else config
     data = torch.utils.data.TensorDataset(*(t[:150] for t in data_load('synthetic')[0].tensors))
     torch.manual_seed(0)
-    ours, theirs, first = build_model(config), build_model(config), build_model(config)
+    ours, theirs, first = (build_model(config).double() for _ in range(3))  # for batch norm magnifies float32's roundings
     theirs.load_state_dict(ours.state_dict())
     first.load_state_dict(ours.state_dict())
     forward = accelerate(ours, config, torch.device('cpu'), 3)
-    train_epoch(ours, forward, build_optimizer(ours, config), data, config, fresh())
+    train_epoch(ours, lambda images, labels: forward(images.double(), labels), build_optimizer(ours, config), data, config, fresh())
     velocity = {p: torch.zeros_like(p) for p in theirs.parameters()}
     for images, labels in training_batches(data, 50, seed=0):
         theirs.zero_grad()
-        torch.nn.CrossEntropyLoss()(theirs(images), labels).backward()
+        torch.nn.CrossEntropyLoss()(theirs(images.double()), labels).backward()
         for p in theirs.parameters():
             velocity[p] = 0.9 * velocity[p] + p.grad + 1e-3 * p.data
             p.data -= 0.01 * velocity[p]
     for a, b, start in zip(ours.parameters(), theirs.parameters(), first.parameters()):
-        assert (a - b).norm() < 0.05 * (a - start).norm()  # float32 in another order of summation, three steps long
+        assert (a - b).norm() < 1e-6 * (a - start).norm()
 
 
 def schedule(make, epochs):
