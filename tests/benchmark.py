@@ -21,7 +21,8 @@ from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from CIFAR10_configuration import SETTINGS  # noqa: E402
-from CIFAR10_train import accelerate, build_model, build_optimizer, describe_machine, evaluate, train_epoch  # noqa: E402
+from CIFAR10_train import (accelerate, build_model, build_optimizer, choose_device, describe_machine, evaluate,  # noqa: E402
+                           train_epoch)
 from dataset import MEAN, STD, data_load  # noqa: E402
 
 ROWS = {'ResNet-32': dict(model='resnet32'), 'LeNet-5': dict(model='lenet5'), 'MLP 1024-512': dict(model='mlp', hidden=(1024, 512))}
@@ -45,7 +46,7 @@ def plain(config, data_dir, workers, began):
     normalize = [T.ToTensor(), T.Normalize(MEAN, STD)]
     train_data = CIFAR10(data_dir, train=True, transform=T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), *normalize]))
     val_data = CIFAR10(data_dir, train=False, transform=T.Compose(normalize))
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = choose_device('auto')
     model = build_model(config).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
     criterion = nn.CrossEntropyLoss()
@@ -76,7 +77,7 @@ def plain(config, data_dir, workers, began):
 
 def ours(config, data_dir, began):
     """What CIFAR10_train.py does, one call after the other; returns what it measured."""
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = choose_device('auto')
     train_data, val_data = data_load('cifar10', data_dir, device=device, urls=())
     model = build_model(config).to(device)
     optimizer = build_optimizer(model, config)
@@ -119,7 +120,7 @@ def main():
             found = plain(config, options.data_dir, WAYS[way], float(began))
         return print(json.dumps(found))
 
-    print(describe_machine(torch.device('cuda' if torch.cuda.is_available() else 'cpu')))
+    print(describe_machine(choose_device('auto')))
     print("\n| batch 128 | training, images/s | faster | evaluation of 10,000 images, s | start to first step, s | peak memory, MB "
           "| compiling, s |\n| --- | --- | --- | --- | --- | --- | --- |")
     for row in options.rows:
@@ -136,8 +137,7 @@ def main():
             middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
             print(f"| {row}, {way} | {middle['speed']:,.0f} ({min(speeds[way]):,.0f} to {max(speeds[way]):,.0f}) "
                   f"| {statistics.median(ratios):.2f} × ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {middle['evaluation']:.1f} "
-                  f"| {middle['start']:.1f} | {middle['memory']:,.0f} | {middle['compiling'] or '–' if way != 'ours' else round(middle['compiling'])} |",
-                  flush=True)
+                  f"| {middle['start']:.1f} | {middle['memory']:,.0f} | {round(middle['compiling']) or '–'} |", flush=True)
 
 
 if __name__ == '__main__':
