@@ -63,7 +63,8 @@ def plot_accuracy(runs, file):
         axes.axvline(after['epoch'] - 0.5, color='grey', linestyle=':',
                      label=f"learning rate {before['learning_rate']:.2g} to {after['learning_rate']:.2g}")
     title = TITLES[runs[0].config.model] + ', ' if len(runs) == 1 else ''
-    axes.set(xlabel='epoch', ylabel='validation accuracy (%)', title=f"{caution(runs)}{title}validation accuracy")
+    axes.set(xlabel='epoch', ylabel='validation accuracy (%)')
+    axes.set_title(f"{caution(runs)}{title}validation accuracy", fontsize='medium')  # fits beside the caution too
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right', fontsize=8)
