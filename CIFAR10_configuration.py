@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sqlite3
@@ -69,17 +70,21 @@ class Configuration:
     seed: int = field(0, '[0, 1000000]', "decides initialization, order, augmentation, dropout and holdout")
     hidden: tuple = field((1024, 512), '[1, 100000]', "units of each hidden layer", ('mlp',))
     dropout: float = field(0.0, '[0, 1)', "share of the hidden units silenced in a training step", ('mlp',))
+    normalization: str = field('none', ('none', 'batch'), "batch: of each hidden layer, Ioffe & Szegedy 2015", ('mlp',))
     activation: str = field('relu', ('sigmoid', 'tanh', 'relu', 'leaky_relu', 'maxout', 'elu'),
                             "ReLU does not saturate: gradients reach the first layer", ('mlp', 'lenet5'))
     initialization: str = field('he_normal', ('xavier_normal', 'he_normal'),
                                 "He: keeps the variance through ReLU layers", ('mlp', 'lenet5'))
     epochs: int = field(164, '[1, 100000]', "64k steps of 128 images, He et al. 2016, section 4.2")
     batch_size: int = field(128, '[1, 50000]', "images a step; 1: stochastic, 50000: full-batch gradient descent")
-    optimizer: str = field('sgd', ('sgd', 'adam'), "SGD with momentum, as in He et al. 2016")
-    learning_rate: float = field(0.1, '(0, inf)', "of the first step, He et al. 2016")
+    optimizer: str = field('sgd', ('sgd', 'nesterov', 'adam'), "SGD with momentum, as in He et al. 2016")
+    learning_rate: float = field(0.1, '(0, inf)', "the largest one, He et al. 2016")
     momentum: float = field(0.9, '[0, 1)', "He et al. 2016; with Adam its beta 1")
     weight_decay: float = field(1e-4, '[0, inf)', "lambda of the L2 penalty, He et al. 2016")
     max_norm: float = field(0.0, '[0, inf)', "weight restriction: c of |w|^2 < c for every unit; 0: none")
+    label_smoothing: float = field(0.0, '[0, 1)', "share of each label given to all classes alike, Szegedy et al. 2016")
+    averaging: float = field(0.0, '[0, 1)', "share of the past, each step, in the mean weights that are validated; 0: the last ones")
+    warmup: float = field(0.0, '[0, inf)', "epochs in which the learning rate rises from 0, Goyal et al. 2017")
     learning_rate_decay: str = field('step', ('step', 'cosine', 'none'), "large steps find the valley, small ones its floor")
     milestones: tuple = field((0.5, 0.75), '(0, 1)', "step decay: parts of the training after which the rate drops")
     gamma: float = field(0.1, '(0, 1)', "step decay: factor of each drop")
@@ -95,15 +100,38 @@ class Configuration:
                 object.__setattr__(self, f.name, tuple(value))  # JSON and the command line give lists
             for item in value if isinstance(f.default, tuple) else [value]:
                 check(option(f), item, f.metadata['allowed'])
+        if self.optimizer == 'nesterov' and self.momentum == 0:
+            raise UserError("--optimizer nesterov needs --momentum above 0: raise it, or choose sgd.")
 
 
 # The three settings of the report.
 SETTINGS = {
-    'mlp': Configuration('mlp', epochs=40, learning_rate=0.01, learning_rate_decay='cosine', weight_decay=5e-4),
-    'lenet5': Configuration('lenet5', epochs=60, batch_size=64, optimizer='adam', learning_rate=0.002, weight_decay=0.0,
-                            learning_rate_decay='cosine', initialization='xavier_normal'),
-    'resnet32': Configuration('resnet32'),  # as the report demands, the rest as in He et al. 2016
+    'mlp': Configuration('mlp', hidden=(1024, 1024, 1024), normalization='batch', epochs=300, optimizer='nesterov', learning_rate=0.1,
+                         weight_decay=5e-4, learning_rate_decay='cosine', warmup=2.0),
+    'lenet5': Configuration('lenet5', epochs=150, optimizer='nesterov', learning_rate=0.05, weight_decay=1e-4,
+                            learning_rate_decay='cosine', warmup=2.0),
+    'resnet32': Configuration('resnet32', epochs=110, weight_decay=5e-4),  # as the report demands
 }
+
+# What --search draws: from an interval (its logarithm uniformly) or a list of choices; the rest is as in SETTINGS.
+SEARCH = {
+    'mlp': dict(learning_rate=(0.01, 0.3), weight_decay=(1e-5, 3e-3), dropout=[0.0, 0.1, 0.2], label_smoothing=[0.0, 0.1],
+                normalization=['none', 'batch'], hidden=[(1024, 512), (1024, 1024, 1024)]),
+    'lenet5': dict(learning_rate=(0.01, 0.2), weight_decay=(1e-5, 1e-3), activation=['relu', 'leaky_relu', 'elu', 'tanh'],
+                   averaging=[0.0, 0.999]),
+    'resnet32': dict(weight_decay=(1e-4, 2e-3), averaging=[0.0, 0.999]),  # the rest is prescribed
+}
+
+
+def draw(config, number):
+    """The configuration of a search's trial of that number: the given one, with what SEARCH says drawn at random."""
+    drawn, rng = {}, random.Random(number)
+    for name, choices in SEARCH[config.model].items():
+        if isinstance(choices, list):
+            drawn[name] = rng.choice(choices)
+        else:
+            drawn[name] = float(f'{math.exp(rng.uniform(*map(math.log, choices))):.2g}')
+    return dataclasses.replace(config, **drawn)
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,6 +167,8 @@ def parse_configuration(arguments=None):
     parser = Parser("Train one of the three settings on CIFAR-10; the run is kept in results/NAME/.")
     parser.add_argument('--name', help="name of the run (default: the model)")
     parser.add_argument('--restart', action='store_true', help="begin anew, and keep the run of that name beside it")
+    parser.add_argument('--search', type=int, metavar='TRIALS', help="train so many times with random hyperparameters, and go on "
+                        "with the better half after a quarter and a half of --epochs; needs --holdout")
     for f in dataclasses.fields(Configuration):
         default, many = getattr(SETTINGS[model], f.name), isinstance(f.default, tuple)
         allowed, models = f.metadata['allowed'], f.metadata['models']
@@ -149,6 +179,11 @@ def parse_configuration(arguments=None):
     options = parser.parse_args(arguments)
     options.name = options.name or model
     check_name('--name', options.name)
+    if options.search is not None:
+        check('--search', options.search, '[1, 99]')
+        if options.restart or 'holdout' not in options or options.holdout == 0:
+            raise UserError("--search chooses by held-out training images and goes on where it was: add --holdout 5000, and name "
+                            "a new search with --name instead of --restart.")
     given = {f.name: vars(options).pop(f.name) for f in dataclasses.fields(Configuration) if f.name in options}
     for f in dataclasses.fields(Configuration):
         if f.name in given and model not in f.metadata['models']:

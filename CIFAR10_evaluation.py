@@ -145,7 +145,7 @@ def report_row(run):
     drops = ', '.join(f"×{config.gamma:g} after epoch {before['epoch']:.0f}" for before, _ in learning_rate_drops(run))
     return [TITLES[config.model], 'X' if run.machine['device'] == 'cpu' else 'O', config.batch_size,
             {'relu': 'ReLU'}.get(config.activation, config.activation), config.initialization.capitalize(),
-            {'sgd': 'SGD', 'adam': 'Adam'}[config.optimizer], f'{config.learning_rate:g}', f'{config.momentum:g}',
+            {'sgd': 'SGD', 'nesterov': 'SGD (Nesterov)', 'adam': 'Adam'}[config.optimizer], f'{config.learning_rate:g}', f'{config.momentum:g}',
             f'{config.weight_decay:g}' if config.weight_decay else 'X',
             {'none': 'X', 'cosine': 'cosine'}.get(config.learning_rate_decay, drops or 'step'),
             f"{run.history[-1]['seconds'] / 60:.1f}", f"{best['epoch']:.0f}", f"{best['val_accuracy']:.2f} %"]

@@ -2,6 +2,7 @@
 
 A run in the order it happens: configuration, images, model, epochs of steps, results/<name>/, evaluation.
 """
+import copy
 import ctypes
 import dataclasses
 import io
@@ -21,8 +22,10 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from CIFAR10_configuration import (RESULTS, Configuration, Run, UserError, lock, option, parse_configuration, run_script, show,
-                                   write_whole)
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from CIFAR10_configuration import (RESULTS, Configuration, Run, UserError, draw, lock, option, parse_configuration, run_script,
+                                   show, write_whole)
 from dataset import data_load, normalize, training_batches
 from LeNet5_model import LeNet5_model
 from MLP_model import MLP_model
@@ -55,7 +58,7 @@ def capabilities():
 def build_model(config):
     """The configured network with freshly drawn weights; images (N, 3, 32, 32) -> logits (N, 10)."""
     if config.model == 'mlp':
-        return MLP_model(config.hidden, config.activation, config.initialization, config.dropout)
+        return MLP_model(config.hidden, config.activation, config.initialization, config.dropout, config.normalization)
     if config.model == 'lenet5':
         return LeNet5_model(config.activation, config.initialization)
     return ResNet32_model()
@@ -79,7 +82,7 @@ def accelerate(model, config, device, steps):
     def forward(images, labels):
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(bf16)):
             logits = parallel(images)
-            return F.cross_entropy(logits, labels), logits
+            return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing), logits
 
     compiler = any(map(shutil.which, ('g++', 'clang++', 'cl'))) and device.type != 'mps'
     pays = any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) and steps > 3000  # it fuses what is between convolutions
@@ -147,16 +150,18 @@ def build_optimizer(model, config):
     if config.optimizer == 'adam':
         return torch.optim.Adam(model.parameters(), config.learning_rate, (config.momentum, 0.999),
                                 weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(model.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.SGD(model.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay,
+                           nesterov=config.optimizer == 'nesterov', fused=True)
 
 
 def learning_rate(config, epoch):
     """The learning rate after so many epochs (float) of the whole training."""
+    peak = config.learning_rate * min(1, epoch / config.warmup if config.warmup else 1)
     if config.learning_rate_decay == 'step':  # drops between epochs, by gamma at each milestone passed
-        return config.learning_rate * config.gamma ** sum(int(epoch) >= m * config.epochs for m in config.milestones)
+        return peak * config.gamma ** sum(int(epoch) >= m * config.epochs for m in config.milestones)
     if config.learning_rate_decay == 'cosine':
-        return config.learning_rate * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
-    return config.learning_rate
+        return peak * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+    return peak
 
 
 def is_finished(config, epoch, history):
@@ -199,14 +204,15 @@ def write_torch(file, content):
     write_whole(file, buffer.getbuffer())
 
 
-def save(run, model, optimizer, state, is_best=False):
-    """Write best.pt if these are the best weights so far, last.pt with all that the run needs to continue, and its record."""
+def save(run, model, averaged, optimizer, state, best=None):
+    """Write best.pt if there are better weights, last.pt with all that the run needs to continue, and its record."""
     if process()[0] > 0:
         return
-    if is_best:
-        write_torch(run.folder / 'best.pt', {'epoch': state['epoch'], 'model_state_dict': model.state_dict()})
+    if best:
+        write_torch(run.folder / 'best.pt', {'epoch': state['epoch'], 'model_state_dict': best})
     write_torch(run.folder / 'last.pt', dict(state, configuration=dataclasses.asdict(run.config), history=run.history,
-                                             model=model.state_dict(), optimizer=optimizer.state_dict()))
+                                             model=model.state_dict(), averaged=averaged.state_dict() if averaged else None,
+                                             optimizer=optimizer.state_dict()))
     run.write()
 
 
@@ -305,37 +311,49 @@ def open_run(name, config, restart):
         held.close()
 
 
-def train(run, model, forward, optimizer, train_data, val_data, state):
-    """Train to the last epoch or the early stop; SIGINT and SIGTERM end it after the present step, saved."""
+def average(model, optimizer, decay):
+    """A model of the exponential moving average of a model's weights, updated after each step of its optimizer."""
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(model))
+    return averaged
+
+
+def train(run, model, averaged, forward, optimizer, train_data, val_data, state, until=math.inf):
+    """Train to the last epoch, the early stop or epoch `until`; SIGINT and SIGTERM end it after the present step, saved."""
     config, interrupted = run.config, []
 
     def interrupt(number, _):
         interrupted.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    validated = copy.deepcopy(model)
     began, stop = time.time() - state['seconds'], False
-    while not is_finished(config, state['epoch'], run.history):
+    while not is_finished(config, state['epoch'], run.history) and state['epoch'] < until:
         if stop:
             show(f"Interrupted in epoch {state['epoch'] + 1}, step {state['step']}, and saved: the same command continues.", True)
             sys.exit(128 + (interrupted or [signal.SIGTERM])[0])
-        stop, is_best = train_epoch(model, forward, optimizer, train_data, config, state, interrupted), False
+        stop, best_weights = train_epoch(model, forward, optimizer, train_data, config, state, interrupted), None
         if state['step'] == math.ceil(len(train_data) / config.batch_size):
-            val_loss, val_accuracy = evaluate(model, val_data)
+            weights = (averaged.module if averaged else model).state_dict()
+            weights = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+            validated.load_state_dict(weights)  # as compact as they are kept, so that the file gives the same accuracy again
+            val_loss, val_accuracy = evaluate(validated, val_data)
             state['epoch'] += 1
             run.history.append(dict(
                 epoch=state['epoch'], learning_rate=optimizer.param_groups[0]['lr'],
                 train_loss=state['loss_sum'] / len(train_data), train_accuracy=state['correct'] / len(train_data) * 100,
                 val_loss=val_loss, val_accuracy=val_accuracy, seconds=time.time() - began))
             best = run.best  # early stopping keeps the weights of this epoch
-            is_best = best['epoch'] == state['epoch']
+            best_weights = weights if best['epoch'] == state['epoch'] else None
             show(f"epoch {state['epoch']}/{config.epochs}  train loss {run.history[-1]['train_loss']:.3f}  validation accuracy "
                  f"{val_accuracy:.2f} %  best {best['val_accuracy']:.2f} % (epoch {best['epoch']})", done=True)
             state.update(step=0, loss_sum=0.0, correct=0)
         state['seconds'] = time.time() - began
-        save(run, model, optimizer, state, is_best)
-    if state['epoch'] < config.epochs:
+        save(run, model, averaged, optimizer, state, best_weights)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if state['epoch'] < min(config.epochs, until):
         print(f"Stopped early: nothing better than epoch {run.best['epoch']} in {config.patience} epochs.")
 
 
@@ -352,25 +370,14 @@ def load_images(config, options, device):
     return data
 
 
-def main():
-    config, options = parse_configuration()
-    device = choose_device(config.device)
-    if 'RANK' in os.environ:  # set by torchrun
-        dist.init_process_group()
-        sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, 'w')
-    train_data, val_data = load_images(config, options, device)
-    print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device.type}")
-    if config.dataset != 'cifar10':
-        print("These are synthetic images, NOT CIFAR-10.")
-    print(f"Training images: {len(train_data):,}\nValidation images: {len(val_data):,}"
-          f"\nShape of an image: {list(train_data[0][0].shape)}", flush=True)
-
+def train_run(name, config, options, device, data, until=math.inf):
+    """Begin or continue the run of that name, to epoch `until` at most; data are the training and the validation images."""
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
     optimizer = build_optimizer(model, config)
     opened, held = [None, None], None
     if process()[0] == 0:
-        *opened, held = open_run(options.name, config, options.restart)
+        *opened, held = open_run(name, config, options.restart)
     if dist.is_initialized():
         dist.broadcast_object_list(opened)
     folder, checkpoint = opened
@@ -378,18 +385,60 @@ def main():
         raise UserError(f"There is too little room on the disk of {folder} for two checkpoints: make some before training.")
     run = Run(folder, config, describe_machine(device))
     state = dict(epoch=0, step=0, loss_sum=0.0, correct=0, seconds=0.0)
+    forward = accelerate(model, config, device, config.epochs * math.ceil(len(data[0]) / config.batch_size))
+    averaged = average(model, optimizer, config.averaging) if config.averaging else None
     if checkpoint:
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
+        if averaged:
+            averaged.load_state_dict(checkpoint['averaged'])
         run.history = checkpoint['history']
         state = {name: checkpoint[name] for name in state}
-    save(run, model, optimizer, state)  # finds a folder that can't be written before any training
-    steps = config.epochs * math.ceil(len(train_data) / config.batch_size)
-    train(run, model, accelerate(model, config, device, steps), optimizer, train_data, val_data, state)
+    save(run, model, averaged, optimizer, state)  # finds a folder that can't be written before any training
+    train(run, model, averaged, forward, optimizer, *data, state, until)
     print(f"Best validation accuracy {run.best['val_accuracy']:.2f} % at epoch {run.best['epoch']}, after "
           f"{run.history[-1]['seconds'] / 60:.1f} minutes; weights and history are in {run.folder}.", flush=True)
     if held:
         held.close()
+    return run
+
+
+def search(config, options, device, data):
+    """Train runs of random hyperparameters; the better half goes on after each round (Jamieson & Talwalkar 2016).
+
+    The trials are runs like any other, so that the same command continues an interrupted search. Returns the best one.
+    """
+    trials = {number: draw(config, number) for number in range(1, options.search + 1)}
+    for until in (math.ceil(config.epochs * part) for part in (0.25, 0.5, 1)):
+        runs = {}
+        for number, trial in trials.items():
+            name = f'{options.name}-search-{number:02}'
+            try:
+                run = Run.read(RESULTS / name)
+                done = run.config == trial and (len(run.history) >= until or is_finished(trial, len(run.history), run.history))
+            except UserError:
+                done = False
+            runs[number] = run if done else train_run(name, trial, options, device, data, until)
+        best = sorted(trials, key=lambda number: -max(row['val_accuracy'] for row in runs[number].history[:until]))
+        print(f"After {until} epochs: " + ', '.join(f"{number} {runs[number].best['val_accuracy']:.2f} %" for number in best))
+        trials = {number: trials[number] for number in best[:math.ceil(len(best) / 2)]}
+    return runs[best[0]]
+
+
+def main():
+    config, options = parse_configuration()
+    device = choose_device(config.device)
+    if 'RANK' in os.environ:  # set by torchrun
+        dist.init_process_group()
+        sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, 'w')
+    data = load_images(config, options, device)
+    print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device.type}")
+    if config.dataset != 'cifar10':
+        print("These are synthetic images, NOT CIFAR-10.")
+    print(f"Training images: {len(data[0]):,}\nValidation images: {len(data[1]):,}"
+          f"\nShape of an image: {list(data[0][0][0].shape)}", flush=True)
+    run = search(config, options, device, data) if options.search else train_run(options.name, config, options, device, data)
+    if process()[0] == 0:
         subprocess.run([sys.executable, Path(__file__).with_name('CIFAR10_evaluation.py'), '--name', run.folder.name,
                         '--data-dir', options.data_dir])
     if dist.is_initialized():

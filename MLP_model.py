@@ -34,11 +34,14 @@ def initialize(model, initialization):
 class MLP_model(nn.Module):
     """Fully connected layers only; images (N, 3, 32, 32) -> logits (N, num_classes)."""
 
-    def __init__(self, hidden=(1024, 512), activation='relu', initialization='he_normal', dropout=0.0, num_classes=10):
+    def __init__(self, hidden=(1024, 512), activation='relu', initialization='he_normal', dropout=0.0, normalization='none',
+                 num_classes=10):
         super().__init__()
         layers, width = [nn.Flatten()], 3 * 32 * 32
         for units in hidden:
-            layers += [nn.Linear(width, units * widening(activation)), ACTIVATIONS[activation](), nn.Dropout(dropout)]
+            wide = units * widening(activation)
+            layers += [nn.Linear(width, wide), *([nn.BatchNorm1d(wide)] if normalization == 'batch' else []),
+                       ACTIVATIONS[activation](), nn.Dropout(dropout)]
             width = units
         self.layers = nn.Sequential(*layers)
         self.fc_out = nn.Linear(width, num_classes)
