@@ -108,8 +108,8 @@ class Configuration:
 SETTINGS = {
     'mlp': Configuration('mlp', hidden=(1024, 1024, 1024), normalization='batch', epochs=300, optimizer='nesterov', learning_rate=0.1,
                          weight_decay=5e-4, learning_rate_decay='cosine', warmup=2.0),
-    'lenet5': Configuration('lenet5', epochs=150, optimizer='nesterov', learning_rate=0.05, weight_decay=1e-4,
-                            learning_rate_decay='cosine', warmup=2.0),
+    'lenet5': Configuration('lenet5', epochs=150, activation='elu', optimizer='nesterov', learning_rate=0.041,
+                            weight_decay=2.1e-4, learning_rate_decay='cosine', warmup=2.0),
     'resnet32': Configuration('resnet32', epochs=110, weight_decay=5e-4),  # as the report demands
 }
 
@@ -223,7 +223,7 @@ class Run:
                 history = [{name: float(row[name]) for name in HISTORY} for row in csv.DictReader(file)]
             if not history or not all(math.isfinite(number) for row in history for number in row.values()):
                 raise ValueError("history.csv has no epochs, or one without numbers")
-            return Run(folder, Configuration(**record['configuration']), {'device': str(record['machine']['device'])}, history)
+            return Run(folder, Configuration(**record['configuration']), dict(record['machine'], device=str(record['machine']['device'])), history)
         except (OSError, ValueError, TypeError, KeyError, RecursionError, csv.Error, UserError) as error:
             raise UserError(f"{folder} holds no readable run ({error}): mend or move it.") from None
 

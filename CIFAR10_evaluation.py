@@ -6,8 +6,10 @@
     python CIFAR10_evaluation.py --submit StudentID_Name          StudentID_Name.zip to hand in
 """
 import base64
+import dataclasses
 import html
 import json
+import statistics
 import zipfile
 from pathlib import Path
 
@@ -16,10 +18,12 @@ import torch
 import torchvision.transforms.functional as TF
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.ticker import LogLocator
 from torchvision.datasets.folder import pil_loader
 
-from CIFAR10_configuration import RESULTS, SETTINGS, Parser, Run, UserError, check, check_name, run_script, write_whole
-from CIFAR10_train import build_model, choose_device, evaluate, load_weights, predict
+from CIFAR10_configuration import (RESULTS, SEARCH, SETTINGS, Configuration, Parser, Run, UserError, check, check_name, option,
+                                   run_script, write_whole)
+from CIFAR10_train import build_model, choose_device, evaluate, load_file, load_weights, predict
 from dataset import CLASS_NAMES, crop_and_flip, data_load
 
 TITLES = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': 'ResNet-32'}
@@ -97,6 +101,27 @@ def plot_confusion(matrix, names, title, file):
     figure.savefig(file, dpi=120)
 
 
+def plot_search(searches, file):
+    """Draw validation accuracy over learning rate and weight decay, from a list of the trials of each model."""
+    figure = Figure(figsize=(max(5, 4 * len(searches)), 3.6), layout='constrained')
+    for axes, trials in zip(figure.subplots(1, len(searches), squeeze=False)[0], searches):
+        accuracies = [run.best['val_accuracy'] for run in trials]
+        for marker, label, ended in (('o', "trained to the end", True), ('X', "given up before", False)):
+            some = [run for run in trials if (len(run.history) == run.config.epochs) == ended]
+            points = axes.scatter([run.config.learning_rate for run in some], [run.config.weight_decay for run in some], s=70,
+                                  c=[run.best['val_accuracy'] for run in some], marker=marker, label=label, edgecolors='black',
+                                  vmin=min(accuracies), vmax=max(accuracies))
+        axes.set(xscale='log', yscale='log', xlabel='learning rate', ylabel='weight decay',
+                 title=caution(trials) + TITLES[trials[0].config.model])
+        axes.minorticks_off()
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.set_major_formatter('{x:g}')
+        figure.colorbar(points, label='held-out accuracy (%)')
+        axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
 def examine(run, data_dir, device):
     """Recompute a run's accuracies from best.pt into evaluation.json; draw its images, confusions and worst mistakes."""
     config, names = run.config, CLASS_NAMES[run.config.dataset]
@@ -139,16 +164,38 @@ def read_runs():
     return runs
 
 
-def report_row(run):
-    """The cells under COLUMNS, as text."""
-    config, best = run.config, run.best
+def is_trial(run):
+    """Whether a run is one of a search's."""
+    return '-search-' in run.folder.name
+
+
+def in_short(numbers, digits):
+    """The mean of numbers as text, with the standard deviation where there are several."""
+    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.{digits}f}{spread}"
+
+
+def report_row(*seeds):
+    """The cells under COLUMNS, as text; of runs that differ only in their seed mean and standard deviation."""
+    run, config = seeds[0], seeds[0].config
     drops = ', '.join(f"×{config.gamma:g} after epoch {before['epoch']:.0f}" for before, _ in learning_rate_drops(run))
     return [TITLES[config.model], 'X' if run.machine['device'] == 'cpu' else 'O', config.batch_size,
             {'relu': 'ReLU'}.get(config.activation, config.activation), config.initialization.capitalize(),
             {'sgd': 'SGD', 'nesterov': 'SGD (Nesterov)', 'adam': 'Adam'}[config.optimizer], f'{config.learning_rate:g}', f'{config.momentum:g}',
             f'{config.weight_decay:g}' if config.weight_decay else 'X',
             {'none': 'X', 'cosine': 'cosine'}.get(config.learning_rate_decay, drops or 'step'),
-            f"{run.history[-1]['seconds'] / 60:.1f}", f"{best['epoch']:.0f}", f"{best['val_accuracy']:.2f} %"]
+            in_short([run.history[-1]['seconds'] / 60 for run in seeds], 1), ', '.join(f"{run.best['epoch']:.0f}" for run in seeds),
+            in_short([run.best['val_accuracy'] for run in seeds], 2) + ' %' + (f' ({len(seeds)} seeds)' if len(seeds) > 1 else '')]
+
+
+def settings_beside(run):
+    """A sentence on the hyperparameters that differ from the defaults and have no column."""
+    shown = ('model', 'dataset', 'seed', 'batch_size', 'activation', 'initialization', 'optimizer', 'learning_rate', 'momentum',
+             'weight_decay', 'learning_rate_decay', 'device', 'precision', 'compile', 'holdout')
+    values = [(option(f), getattr(run.config, f.name)) for f in dataclasses.fields(run.config)
+              if f.name not in shown and (getattr(run.config, f.name) != f.default or f.name == 'epochs')]
+    return (f"{TITLES[run.config.model]}, beside the table: " + ', '.join(
+        f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in values) + ".")
 
 
 def protocol(run):
@@ -160,7 +207,8 @@ def protocol(run):
         found = json.loads((run.folder / 'evaluation.json').read_text(encoding='utf-8'))
         agrees = "agrees" if abs(found['accuracy'] - run.best['val_accuracy']) < 0.005 else "DISAGREES"
         text += f"; recomputed from the weights it is {found['accuracy']:.2f} %, which {agrees}"
-        text += f"; on the test images {found['test_accuracy']:.2f} %" if run.config.holdout else ""
+        text += (f"; on the test images, looked at once, the weights so chosen have {found['test_accuracy']:.2f} %"
+                 if run.config.holdout else "")
     except (OSError, ValueError, TypeError, KeyError):
         text += "; not yet recomputed from the weights"
     return text + "."
@@ -183,10 +231,10 @@ def summary(runs):
                    f"accuracy went from {old:.2f} % to {new:.2f} % ({new - old:+.2f} points).")
 
 
-def table(rows):
-    """HTML of the slides' table: a row for each list of cells, whose first one names the row."""
+def table(rows, columns=COLUMNS):
+    """HTML of a table: a row for each list of cells, whose first one names the row."""
     cells = [''.join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
-    return f"<table><tr><th></th><th>{'</th><th>'.join(COLUMNS)}</th></tr><tr>{'</tr><tr>'.join(cells)}</tr></table>"
+    return f"<table><tr><th></th><th>{'</th><th>'.join(columns)}</th></tr><tr>{'</tr><tr>'.join(cells)}</tr></table>"
 
 
 def bullets(lines):
@@ -200,8 +248,36 @@ def picture(file):
     return f"<figure><img src='data:image/png;base64,{data}'></figure>" if data else "<figure></figure>"
 
 
+def search_section(trials):
+    """HTML on how the hyperparameters were found: a plot, and for each model its compute and a table of its trials."""
+    searches = [[run for run in trials if run.config.model == model] for model in SETTINGS]
+    searches = [sorted(some, key=lambda run: (-len(run.history), -run.best['val_accuracy'])) for some in searches if some]
+    if not searches:
+        return ''
+    plot_search(searches, RESULTS / 'search.png')
+    text = f"<h2>Search of the hyperparameters</h2>{picture(RESULTS / 'search.png')}"
+    for some in searches:
+        config, names = some[0].config, SEARCH[some[0].config.model]
+        text += bullets([
+            f"{caution(some)}{TITLES[config.model]}: {len(some)} random trials of up to {config.epochs} epochs, chosen by "
+            f"{config.holdout:,} held-out training images, never by the test images; the better half went on after a quarter and a half. "
+            f"It took {sum(run.history[-1]['seconds'] for run in some) / 60:.0f} minutes "
+            f"({', '.join(f'{name} {value}' for name, value in some[0].machine.items())})."])
+        text += table([[run.folder.name, *(' '.join(map(str, value)) if isinstance(value, tuple) else value for value in (
+            getattr(run.config, name) for name in names)), len(run.history), f"{run.best['val_accuracy']:.2f} %"] for run in some],
+            [*(name.replace('_', ' ') for name in names), 'epochs', 'held-out accuracy'])
+    return text
+
+
 def write_report(runs):
     """Write the accuracy plots and results/report.html, a single file with all of it inside, from a list of runs."""
+    trials, runs = [run for run in runs if is_trial(run)], [run for run in runs if not is_trial(run)]
+
+    def seeds_of(run):  # the runs that differ from it only in the seed, or in what makes training faster
+        same = dict(seed=0, device='auto', precision='auto', compile='auto')
+        return [run] + [other for other in runs if other is not run and
+                        dataclasses.replace(other.config, **same) == dataclasses.replace(run.config, **same)]
+
     def of_setting(model):  # its run on CIFAR-10 that is named like the model, before any other
         return min((run for run in runs if run.config.model == model), default=None,
                    key=lambda run: (run.config.dataset != 'cifar10', run.folder.name != model, run.folder.name))
@@ -209,7 +285,8 @@ def write_report(runs):
     RESULTS.mkdir(exist_ok=True)
     settings = [(f"Setting #{number}", model, of_setting(model)) for number, model in enumerate(SETTINGS, 1)]
     own = [run for _, _, run in settings if run]
-    others = [run for run in runs if run not in own]
+    grouped = [run for first in own for run in seeds_of(first)]
+    others = [run for run in runs if run not in grouped]
     for run in runs:
         plot_accuracy([run], run.folder / 'accuracy.png')
     if len(own) > 1:
@@ -217,15 +294,18 @@ def write_report(runs):
     winner = max(own, key=lambda run: run.best['val_accuracy']).folder if own else RESULTS
     more = (f"<h2>Additional experiments</h2>{table([run.folder.name, *report_row(run)] for run in others)}"
             + bullets(map(protocol, others)))
+    written = (RESULTS / 'summary.txt').read_text(encoding='utf-8') if (RESULTS / 'summary.txt').exists() else ''
     write_whole(RESULTS / 'report.html', f"""{STYLE}
 <h1>{caution(own)}CIFAR-10 Evaluation Report</h1>
-{table([name, *(report_row(run) if run else [TITLES[model]] + [''] * 12)] for name, model, run in settings)}
+{table([name, *(report_row(*seeds_of(run)) if run else [TITLES[model]] + [''] * 12)] for name, model, run in settings)}
 <h2>Validation dataset accuracy plot</h2>
 <div class="row">{''.join(picture((run.folder if run else winner / 'none') / 'accuracy.png') for _, _, run in settings)}</div>
 <h2>Summary [결과 정리]</h2>
-{bullets([*summary(own), *map(protocol, own)] if own else ["No run yet."])}
+{''.join(f'<p>{html.escape(part)}</p>' for part in written.split(chr(10) * 2) if part.strip())}
+{bullets([*summary(own), *map(settings_beside, own), *map(protocol, grouped)] if own else ["No run yet."])}
 <div class="row">{picture(RESULTS / 'accuracy.png') if len(own) > 1 else ''}{picture(winner / 'confusion.png')}</div>
 {picture(winner / 'mistakes.png')}{picture(winner / 'samples.png')}
+{search_section(trials)}
 {more if others else ''}
 </html>
 """.encode())
@@ -260,7 +340,9 @@ def evaluate_weights(options, device):
     """Print the accuracy of --weights on the validation images."""
     check('--model', options.model, tuple(SETTINGS))
     check('--dataset', options.dataset, tuple(CLASS_NAMES))
-    model = build_model(SETTINGS[options.model])
+    saved = load_file(options.weights, "give a file that torch.save(model.state_dict(), FILE) wrote")
+    own = saved.get('configuration') if isinstance(saved, dict) else None  # what CIFAR10_train.py keeps; else the slides' network
+    model = build_model(Configuration(**own) if own and own['model'] == options.model else Configuration(options.model))
     load_weights(model, options.weights)
     _, data = data_load(options.dataset, options.data_dir, device=device, urls=options.data_url)
     print(f"{options.weights}: {evaluate(model.to(device), data)[1]:.2f} % of the {len(data):,} validation images"
@@ -301,6 +383,8 @@ def main():
     if options.predict:
         return predict_pictures(options.predict, max(trained, key=lambda run: run.best['val_accuracy']), device)
     for run in trained:
+        if is_trial(run) and not options.name:  # its figure chose hyperparameters, no more
+            continue
         try:
             found = examine(run, options.data_dir, device)
             print(f"{run.folder.name}: {found['accuracy']:.2f} % recomputed, {run.best['val_accuracy']:.2f} % recorded.")

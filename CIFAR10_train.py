@@ -209,7 +209,8 @@ def save(run, model, averaged, optimizer, state, best=None):
     if process()[0] > 0:
         return
     if best:
-        write_torch(run.folder / 'best.pt', {'epoch': state['epoch'], 'model_state_dict': best})
+        write_torch(run.folder / 'best.pt', {'epoch': state['epoch'], 'model_state_dict': best,
+                                              'configuration': dataclasses.asdict(run.config)})
     write_torch(run.folder / 'last.pt', dict(state, configuration=dataclasses.asdict(run.config), history=run.history,
                                              model=model.state_dict(), averaged=averaged.state_dict() if averaged else None,
                                              optimizer=optimizer.state_dict()))
@@ -365,8 +366,10 @@ def load_images(config, options, device):
     data = data_load(config.dataset, options.data_dir, config.holdout, config.seed, device, options.data_url)
     if rank == 0 and world > 1:
         dist.barrier()
-    if (len(data[0]) % config.batch_size or config.batch_size) < world:
-        raise UserError(f"--batch-size {config.batch_size} leaves a batch of fewer images than processes: choose another.")
+    needed = world * (2 if config.normalization == 'batch' else 1)  # a single image has no variance
+    if (len(data[0]) % config.batch_size or config.batch_size) < needed:
+        raise UserError(f"--batch-size {config.batch_size} leaves a batch of fewer than the {needed} images that this training "
+                        "needs: choose another.")
     return data
 
 

@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from CIFAR10_configuration import SETTINGS, Configuration, UserError, parse_configuration
+from CIFAR10_configuration import SEARCH, SETTINGS, Configuration, UserError, draw, parse_configuration
 from dataset import data_load
 
 MISTAKES = {
@@ -15,6 +15,8 @@ MISTAKES = {
     '--model mlp --activation rleu': 'did you mean relu?', '--model mlp --hidden 0': '--hidden', '--model mlp --dropout 1': '[0, 1)',
     '--activation tanh': 'resnet32 has no option --activation', '--model lenet5 --hidden 9': 'lenet5 has no option --hidden',
     '--holdout 50000': '--holdout', '--dataset synthetic --holdout 5000': 'leaves nothing', '--dataset mnist': 'one of cifar10',
+    '--model lenet5 --search 3': 'add --holdout 5000', '--search 0 --holdout 9': '--search', '--model mlp --warmup -1': '--warmup',
+    '--search 3 --holdout 9 --restart': 'instead of --restart', '--optimizer nesterov --momentum 0': 'above 0',
     '--patience 0': '--patience', '--device tpu': '--device', '--seed -1': '--seed', 'resnet32': 'no option resnet32',
     '--name ../out --dataset synthetic': '--name', '--data-dir . extra': 'no option extra',
 }
@@ -50,9 +52,26 @@ def test_options_replace_the_defaults_of_the_setting():
     assert options.name == 'a' and str(options.data_dir) == '.'
 
 
+@pytest.mark.parametrize('model', SETTINGS)
+def test_a_search_draws_within_its_ranges_and_the_same_again(model):
+    setting = SETTINGS[model]
+    trials = [draw(setting, number) for number in range(1, 60)]
+    assert trials == [draw(setting, number) for number in range(1, 60)]
+    for f in dataclasses.fields(Configuration):
+        found, choices = {getattr(trial, f.name) for trial in trials}, SEARCH[model].get(f.name)
+        if choices is None:
+            assert found == {getattr(setting, f.name)}
+        elif isinstance(choices, list):
+            assert found == set(choices)
+        else:
+            middle = (choices[0] * choices[1]) ** 0.5
+            assert choices[0] <= min(found) < middle < max(found) <= choices[1]
+            assert 15 < sum(getattr(trial, f.name) < middle for trial in trials) < 44
+
+
 def test_setting_3_is_as_the_report_demands():
     expected = dict(batch_size=128, activation='relu', initialization='he_normal', optimizer='sgd', learning_rate=0.1,
-                    momentum=0.9, learning_rate_decay='step', milestones=(0.5, 0.75), gamma=0.1, epochs=164)
+                    momentum=0.9, learning_rate_decay='step', milestones=(0.5, 0.75), gamma=0.1)
     setting = dataclasses.asdict(SETTINGS['resnet32'])
     assert {name: setting[name] for name in expected} == expected and setting['weight_decay'] > 0
 

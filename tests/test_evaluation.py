@@ -1,12 +1,16 @@
 """The report, weights from elsewhere, predictions and the archive to hand in."""
 import html
+import json
 import re
+import shutil
+import statistics
 import zipfile
 
 import pytest
 import torch
 from torchvision.io import write_jpeg, write_png
 
+from CIFAR10_configuration import HISTORY, SETTINGS
 from CIFAR10_evaluation import COLUMNS
 from dataset import synthetic
 from dataset.synthetic import draw
@@ -29,7 +33,7 @@ def test_report_holds_the_slides_table(report, trained):
     assert [row[0] for row in settings] == ['Setting #1', 'Setting #2', 'Setting #3']
     resnet = dict(zip(header, settings[2]))
     assert [resnet[name] for name in COLUMNS[:10]] == [
-        'ResNet-32', 'X' if not torch.cuda.is_available() else 'O', '256', 'ReLU', 'He_normal', 'SGD', '0.1', '0.9', '0.0001',
+        'ResNet-32', 'X' if not torch.cuda.is_available() else 'O', '256', 'ReLU', 'He_normal', 'SGD', '0.1', '0.9', f"{SETTINGS['resnet32'].weight_decay:g}",
         '×0.1 after epoch 1']
     for model, row in zip(('mlp', 'lenet5', 'resnet32'), settings):
         best = re.search(r'Best validation accuracy ([\d.]+ %) at epoch (\d)', trained[1][model])
@@ -53,7 +57,28 @@ def test_a_setting_that_has_not_run_is_an_empty_row(script, tmp_path):
 def test_holdout_run_is_told_apart_and_looks_at_the_test_images_once(script, tmp_path):
     script(tmp_path, 'CIFAR10_train.py', '--model', 'mlp', '--hidden', 8, '--dataset', 'synthetic', '--epochs', 1, '--holdout', 500)
     report = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')
-    assert 'validated on 500 held-out training images' in report and re.search(r'on the test images [\d.]+ %', report)
+    assert 'validated on 500 held-out training images' in report and re.search(r'on the test images, looked at once, the weights so chosen have [\d.]+ %', report)
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_row_of_mean_and_deviation(trained, script, tmp_path):
+    accuracies = [60.0, 62.5, 61.0]
+    for seed, accuracy in enumerate(accuracies):
+        folder = tmp_path / 'results' / f'lenet5-{seed}'
+        folder.mkdir(parents=True)
+        record = json.loads((trained[0] / 'results' / 'lenet5' / 'config.json').read_text())
+        record['configuration']['seed'] = seed
+        (folder / 'config.json').write_text(json.dumps(record))
+        rows = [HISTORY, (1, 0.1, 1, 50, 1, accuracy, 60), (2, 0.01, 1, 50, 1, accuracy - 1, 120)]
+        (folder / 'history.csv').write_text(''.join(','.join(map(str, row)) + '\n' for row in rows))
+    shutil.copytree(folder, folder.with_name('other'))
+    (folder.with_name('other') / 'config.json').write_text(json.dumps(record).replace('"warmup": 2.0', '"warmup": 3.0'))
+    (tmp_path / 'results' / 'summary.txt').write_text('Written <by hand>.')
+    done = script(tmp_path, 'CIFAR10_evaluation.py')
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')
+    row, *others = [row for row in table(report) if row[1] == 'LeNet-5']
+    assert row[-3:] == ['2.0 ± 0.0', '1, 1, 1', f'{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} % (3 seeds)']
+    assert [row[0] for row in others] == ['other'] and '--warmup 2.0' in report and 'Written &lt;by hand&gt;.' in report
 
 
 @pytest.mark.parametrize('form', ['bare', 'assignment', 'data_parallel', 'compiled'])
@@ -69,6 +94,13 @@ def test_weights_saved_by_the_assignments_code_evaluate(form, script, tmp_path):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
     accuracy = (model((images / 255 - mean) / std).argmax(1) == labels).float().mean() * 100
     assert done.returncode == 0 and f'{accuracy:.2f} % of the 1,000 validation images' in done.stdout, done.stderr
+
+
+def test_weights_of_another_network_than_the_slides_bring_their_configuration(trained, script, tmp_path):
+    file = shutil.copy(trained[0] / 'results' / 'mlp' / 'best.pt', tmp_path / 'mine.pt')  # hidden 64, batch norm
+    best = re.search(r'Best validation accuracy ([\d.]+ %)', trained[1]['mlp'])[1]
+    done = script(tmp_path, 'CIFAR10_evaluation.py', '--model', 'mlp', '--weights', file, '--dataset', 'synthetic')
+    assert done.returncode == 0 and best in done.stdout, done.stderr
 
 
 def test_wrong_architecture_names_the_first_mismatch(script, tmp_path):

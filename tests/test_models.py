@@ -72,6 +72,15 @@ def test_maxout_is_the_larger_of_two_linear_functions():
     assert LeNet5_model('maxout')(x).shape == (4, 10)
 
 
+def test_batch_norm_of_an_mlp_comes_before_the_activation():
+    model = MLP_model(hidden=(5, 4), normalization='batch')
+    assert parameters(model) == parameters(MLP_model(hidden=(5, 4))) + 2 * (5 + 4)
+    x = torch.randn(6, 3, 32, 32)
+    y = model.layers[1](x.flatten(1))
+    y = (y - y.mean(0)) / (y.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(model.layers[:4](x), y.clamp(min=0))
+
+
 @pytest.mark.parametrize('name, variance', [('he_normal', 2 / 3072), ('xavier_normal', 2 / (3072 + 1024))])
 def test_initialization_has_the_slides_standard_deviation(name, variance):
     torch.manual_seed(0)

@@ -17,14 +17,15 @@ import CIFAR10_train
 from CIFAR10_configuration import UserError, lock
 
 KILLS = int(os.environ.get('KILLS', 4))
-SMALL = dict(mlp=['--hidden', '32', '--dropout', '0.3', '--batch-size', '500'], lenet5=['--batch-size', '500'],
+SMALL = dict(mlp=['--hidden', '32', '--dropout', '0.3', '--batch-size', '500'], lenet5=['--batch-size', '500', '--averaging', '0.9'],
              resnet32=['--batch-size', '40', '--holdout', '4800'])
 
 
 def state_of(folder):
     """All that two runs must share to the last bit."""
     last, best = (torch.load(folder / name, weights_only=True) for name in ('last.pt', 'best.pt'))
-    tensors = {**last['model'], **{f'best {name}': t for name, t in best['model_state_dict'].items()}}
+    tensors = {**last['model'], **{f'averaged {name}': t for name, t in (last['averaged'] or {}).items()},
+               **{f'best {name}': t for name, t in best['model_state_dict'].items()}}
     for number, state in last['optimizer']['state'].items():
         tensors.update({f'{number} {name}': torch.as_tensor(value) for name, value in state.items() if value is not None})
     return tensors, [{**row, 'seconds': None} for row in rows(folder)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from CIFAR10_configuration import HISTORY, SETTINGS
-from CIFAR10_train import (accelerate, build_model, build_optimizer, is_finished, learning_rate, load_weights, predict, restrict_weights,
-                           train_epoch)
+from CIFAR10_train import (accelerate, average, build_model, build_optimizer, is_finished, learning_rate, load_weights, predict,
+                           restrict_weights, train_epoch)
 from dataset import data_load, training_batches
 
 
@@ -75,7 +75,7 @@ def test_a_convolutional_net_learns_the_synthetic_images_and_beats_an_mlp():
 def test_an_epoch_equals_a_loop_written_out_by_hand(name):
     """PyTorch's optimizer and loss on the same batches, the update of SGD with momentum as on the slides."""
     config = dataclasses.replace(SETTINGS[name], optimizer='sgd', learning_rate=0.01, weight_decay=1e-3, epochs=1,
-                                 learning_rate_decay='none', batch_size=50, precision='fp32')
+                                 learning_rate_decay='none', batch_size=50, warmup=0.0, precision='fp32')
     config = dataclasses.replace(config, hidden=(32,)) if name == 'mlp' else config
     data = torch.utils.data.TensorDataset(*(t[:150] for t in data_load('synthetic')[0].tensors))
     torch.manual_seed(0)
@@ -92,7 +92,32 @@ def test_an_epoch_equals_a_loop_written_out_by_hand(name):
             velocity[p] = 0.9 * velocity[p] + p.grad + 1e-3 * p.data
             p.data -= 0.01 * velocity[p]
     for a, b, start in zip(ours.parameters(), theirs.parameters(), first.parameters()):
-        assert (a - b).norm() < 1e-6 * (a - start).norm()
+        assert (a - b).norm() < 1e-6 * (a - start).norm() + 1e-12  # a bias before batch norm stays
+
+
+def test_nesterov_label_smoothing_and_averaging_equal_a_loop_written_out_by_hand():
+    """Nesterov's update as in Sutskever et al. 2013, smoothed labels as in Szegedy et al. 2016, in double precision."""
+    config = dataclasses.replace(SETTINGS['lenet5'], optimizer='nesterov', learning_rate=0.01, weight_decay=1e-3, epochs=1, warmup=0.0,
+                                 learning_rate_decay='none', batch_size=50, label_smoothing=0.2, precision='fp32')
+    data = torch.utils.data.TensorDataset(*(t[:150] for t in data_load('synthetic')[0].tensors))
+    ours, theirs = build_model(config).double(), build_model(config).double()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer, forward = build_optimizer(ours, config), accelerate(ours, config, torch.device('cpu'), 3)
+    averaged = average(ours, optimizer, decay=0.6)
+    train_epoch(ours, lambda images, labels: forward(images.double(), labels), optimizer, data, config, fresh())
+    velocity, mean = {p: torch.zeros_like(p) for p in theirs.parameters()}, {}
+    for images, labels in training_batches(data, 50, seed=0):
+        theirs.zero_grad()
+        wanted = torch.full((len(labels), 10), 0.02).double().scatter(1, labels[:, None], 0.82)
+        (-wanted * theirs(images.double()).log_softmax(1)).sum(1).mean().backward()
+        for p in theirs.parameters():
+            gradient = p.grad + 1e-3 * p.data
+            velocity[p] = 0.9 * velocity[p] + gradient
+            p.data -= 0.01 * (gradient + 0.9 * velocity[p])
+            mean[p] = 0.6 * mean[p] + 0.4 * p.data if p in mean else p.data.clone()
+    for p, q, a in zip(theirs.parameters(), ours.parameters(), averaged.module.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(a, mean[p], rtol=1e-6, atol=1e-9, check_dtype=False)
 
 
 def schedule(make, epochs):
@@ -113,6 +138,9 @@ def test_learning_rates_are_those_of_pytorchs_schedulers():
     assert [learning_rate(cosine, epoch) for epoch in range(10)] == pytest.approx(
         schedule(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10), 10))
     assert learning_rate(dataclasses.replace(step, learning_rate_decay='none'), 160) == 0.1
+    warm = dataclasses.replace(step, warmup=4.0)
+    assert [learning_rate(warm, epoch) for epoch in range(10)] == pytest.approx(
+        schedule(lambda o: torch.optim.lr_scheduler.LinearLR(o, 1e-9, total_iters=4), 10), abs=1e-9)
     assert learning_rate(step, 81.99) == 0.1  # a step's rate never drops within an epoch
 
 
@@ -148,6 +176,24 @@ def test_weight_restriction_bounds_every_unit_and_leaves_small_ones_alone():
             torch.testing.assert_close(norms, wanted)
         else:
             assert torch.equal(old, new)
+
+
+def test_a_search_goes_on_with_the_better_half_and_repeats_nothing(script, tmp_path):
+    command = ['CIFAR10_train.py', '--model', 'lenet5', '--dataset', 'synthetic', '--epochs', 4, '--holdout', 500, '--search', 4]
+    done = script(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    folders = sorted((tmp_path / 'results').glob('lenet5-search-*'))
+    histories = [[float(row['val_accuracy']) for row in rows(folder)] for folder in folders]
+    assert sorted(map(len, histories)) == [1, 1, 2, 4]
+    for length, after in ((1, 1), (2, 2)):  # who was given up was no better than who went on
+        assert max(max(h) for h in histories if len(h) == length) <= min(max(h[:after]) for h in histories if len(h) > length)
+    before = {file: file.read_bytes() for folder in folders for file in folder.glob('*.*') if file.suffix in ('.csv', '.pt')}
+    again = script(tmp_path, *command)
+    assert again.returncode == 0 and 'epoch 1/' not in again.stdout
+    assert before == {file: file.read_bytes() for file in before}
+    report = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')
+    assert '4 random trials of up to 4 epochs' in report and all(folder.name in report for folder in folders)
+    assert (tmp_path / 'results' / 'search.png').exists() and 'Additional experiments' not in report
 
 
 @pytest.mark.parametrize('options', ['--optimizer adam --activation maxout --initialization xavier_normal --batch-size 5000',
