@@ -27,7 +27,7 @@ def test_the_readme_has_commands():
 def test_command_of_the_readme(command, folder, script):
     _, name, *options = shlex.split(command)
     if name == 'CIFAR10_train.py':
-        options += ['--dataset', 'synthetic', '--epochs', '1']
+        options += ['--dataset', 'synthetic', '--epochs', '1'] + (['--search', '2', '--holdout', '500'] if '--search' in options else [])
     elif '--weights' in options:
         options += ['--dataset', 'synthetic']
     done = script(folder, name, *options)

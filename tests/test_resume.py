@@ -154,7 +154,7 @@ def test_more_epochs_continue_a_finished_run_only_where_the_schedule_stays(scrip
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(script, tmp_path):
     done = script(tmp_path, 'CIFAR10_train.py', '--model', 'lenet5', '--dataset', 'synthetic', '--optimizer', 'sgd',
-                  '--learning-rate', '1e9', '--learning-rate-decay', 'none', '--epochs', '2')
+                  '--learning-rate', '1e9', '--warmup', '0', '--learning-rate-decay', 'none', '--epochs', '2')
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert all(text in done.stderr for text in ('epoch 1/2', 'step', 'learning rate 1e+09'))
 
