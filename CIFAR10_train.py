@@ -21,11 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from CIFAR10_configuration import (RESULTS, Configuration, Run, UserError, draw, lock, option, parse_configuration, run_script,
-                                   show, write_whole)
+from CIFAR10_configuration import (ONLY_SPEED, RESULTS, Configuration, Run, UserError, draw, lock, option,
+                                   parse_configuration, run_script, show, write_whole)
 from dataset import data_load, normalize, training_batches
 from LeNet5_model import LeNet5_model
 from MLP_model import MLP_model
@@ -204,16 +203,15 @@ def write_torch(file, content):
     write_whole(file, buffer.getbuffer())
 
 
-def save(run, model, averaged, optimizer, state, best=None):
+def save(run, parts, state, best=None):
     """Write best.pt if there are better weights, last.pt with all that the run needs to continue, and its record."""
     if process()[0] > 0:
         return
+    configuration = dataclasses.asdict(run.config)
     if best:
-        write_torch(run.folder / 'best.pt', {'epoch': state['epoch'], 'model_state_dict': best,
-                                              'configuration': dataclasses.asdict(run.config)})
-    write_torch(run.folder / 'last.pt', dict(state, configuration=dataclasses.asdict(run.config), history=run.history,
-                                             model=model.state_dict(), averaged=averaged.state_dict() if averaged else None,
-                                             optimizer=optimizer.state_dict()))
+        write_torch(run.folder / 'best.pt', dict(epoch=state['epoch'], model_state_dict=best, configuration=configuration))
+    write_torch(run.folder / 'last.pt', dict(state, configuration=configuration, history=run.history,
+                                             **{name: part.state_dict() for name, part in parts.items()}))
     run.write()
 
 
@@ -273,18 +271,17 @@ def load_checkpoint(folder, config):
         finished = is_finished(old, checkpoint['epoch'], checkpoint['history'])
     except (TypeError, KeyError, ValueError, UserError):
         raise UserError(f"{folder / 'last.pt'} is no checkpoint of this program: {hint}.") from None
-    changed = [f for f in dataclasses.fields(config) if f.name not in ('device', 'precision', 'compile') and getattr(old, f.name) != getattr(config, f.name)]
-    if not finished:
-        if changed:
-            before, now = getattr(old, changed[0].name), getattr(config, changed[0].name)
-            raise UserError(f"{folder} is unfinished and was begun with {option(changed[0])} {before}, not {now}: repeat its "
-                            f"options to continue it, or {hint}.")
-        return checkpoint
-    if [f.name for f in changed] == ['epochs'] and config.epochs > old.epochs:
-        if config.learning_rate_decay == 'none':
-            return checkpoint
+    changed = [f for f in dataclasses.fields(config)
+               if f.name not in ONLY_SPEED and getattr(old, f.name) != getattr(config, f.name)]
+    longer = finished and [f.name for f in changed] == ['epochs'] and config.epochs > old.epochs
+    if changed and not finished:
+        before, now = getattr(old, changed[0].name), getattr(config, changed[0].name)
+        raise UserError(f"{folder} is unfinished and was begun with {option(changed[0])} {before}, not {now}: repeat its "
+                        f"options to continue it, or {hint}.")
+    if longer and config.learning_rate_decay != 'none':
         raise UserError(f"{folder} has finished its {old.epochs} epochs, and for {config.epochs} its learning rate would have "
                         f"fallen otherwise: {hint}.")
+    return checkpoint if longer or not finished else None
 
 
 def open_run(name, config, restart):
@@ -305,7 +302,7 @@ def open_run(name, config, restart):
         if checkpoint:
             print(f"Continuing {folder.name} at epoch {checkpoint['epoch'] + 1} of {config.epochs}.")
             return folder, checkpoint, held
-        if not any((folder / kept).exists() for kept in ('best.pt', 'last.pt')):
+        if not any((folder / kept).exists() for kept in ('config.json', 'best.pt', 'last.pt')):
             if folder != folders[0]:
                 print(f"{folders[0]} holds a finished run, which stays as it is: this one goes to {folder}.")
             return folder, None, held
@@ -319,9 +316,12 @@ def average(model, optimizer, decay):
     return averaged
 
 
-def train(run, model, averaged, forward, optimizer, train_data, val_data, state, until=math.inf):
-    """Train to the last epoch, the early stop or epoch `until`; SIGINT and SIGTERM end it after the present step, saved."""
-    config, interrupted = run.config, []
+def train(run, parts, forward, train_data, val_data, state, until=math.inf):
+    """Train to the last epoch, the early stop or epoch `until`; SIGINT and SIGTERM end it after the present step, saved.
+
+    parts are what changes in training and continues it: model, optimizer and, with averaging, averaged.
+    """
+    config, model, optimizer, interrupted = run.config, parts['model'], parts['optimizer'], []
 
     def interrupt(number, _):
         interrupted.append(number)
@@ -336,7 +336,7 @@ def train(run, model, averaged, forward, optimizer, train_data, val_data, state,
             sys.exit(128 + (interrupted or [signal.SIGTERM])[0])
         stop, best_weights = train_epoch(model, forward, optimizer, train_data, config, state, interrupted), None
         if state['step'] == math.ceil(len(train_data) / config.batch_size):
-            weights = (averaged.module if averaged else model).state_dict()
+            weights = (parts['averaged'].module if config.averaging else model).state_dict()
             weights = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
             validated.load_state_dict(weights)  # as compact as they are kept, so that the file gives the same accuracy again
             val_loss, val_accuracy = evaluate(validated, val_data)
@@ -351,7 +351,7 @@ def train(run, model, averaged, forward, optimizer, train_data, val_data, state,
                  f"{val_accuracy:.2f} %  best {best['val_accuracy']:.2f} % (epoch {best['epoch']})", done=True)
             state.update(step=0, loss_sum=0.0, correct=0)
         state['seconds'] = time.time() - began
-        save(run, model, averaged, optimizer, state, best_weights)
+        save(run, parts, state, best_weights)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if state['epoch'] < min(config.epochs, until):
@@ -389,16 +389,15 @@ def train_run(name, config, options, device, data, until=math.inf):
     run = Run(folder, config, describe_machine(device))
     state = dict(epoch=0, step=0, loss_sum=0.0, correct=0, seconds=0.0)
     forward = accelerate(model, config, device, config.epochs * math.ceil(len(data[0]) / config.batch_size))
-    averaged = average(model, optimizer, config.averaging) if config.averaging else None
+    parts = dict(model=model, optimizer=optimizer)
+    if config.averaging:
+        parts['averaged'] = average(model, optimizer, config.averaging)
     if checkpoint:
-        model.load_state_dict(checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        if averaged:
-            averaged.load_state_dict(checkpoint['averaged'])
-        run.history = checkpoint['history']
-        state = {name: checkpoint[name] for name in state}
-    save(run, model, averaged, optimizer, state)  # finds a folder that can't be written before any training
-    train(run, model, averaged, forward, optimizer, *data, state, until)
+        run.history, state = checkpoint['history'], {name: checkpoint[name] for name in state}
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    save(run, parts, state)  # finds a folder that can't be written before any training
+    train(run, parts, forward, *data, state, until)
     print(f"Best validation accuracy {run.best['val_accuracy']:.2f} % at epoch {run.best['epoch']}, after "
           f"{run.history[-1]['seconds'] / 60:.1f} minutes; weights and history are in {run.folder}.", flush=True)
     if held:

@@ -78,6 +78,7 @@ def download(url, part, slow):
                 seconds = time.monotonic() - began
                 if seconds > STALLED and came / seconds < slow:
                     raise ValueError(f"it is slow, {came / seconds / 1000:.0f} kB/s")
-                show(f"{(have * resumed + came) / SIZE:.0%} of {SIZE / 1e6:.0f} MB, {came / (seconds + 1e-9) / 1e6:.1f} MB/s, {url}")
+                show(f"{(have * resumed + came) / SIZE:.0%} of {SIZE / 1e6:.0f} MB, {came / (seconds + 1e-9) / 1e6:.1f} MB/s, "
+                     f"{url}")
     if have * resumed + came < SIZE:
         raise ValueError("it broke off")

@@ -24,7 +24,7 @@ SMALL = dict(mlp=['--hidden', '32', '--dropout', '0.3', '--batch-size', '500'], 
 def state_of(folder):
     """All that two runs must share to the last bit."""
     last, best = (torch.load(folder / name, weights_only=True) for name in ('last.pt', 'best.pt'))
-    tensors = {**last['model'], **{f'averaged {name}': t for name, t in (last['averaged'] or {}).items()},
+    tensors = {**last['model'], **{f'averaged {name}': t for name, t in last.get('averaged', {}).items()},
                **{f'best {name}': t for name, t in best['model_state_dict'].items()}}
     for number, state in last['optimizer']['state'].items():
         tensors.update({f'{number} {name}': torch.as_tensor(value) for name, value in state.items() if value is not None})
