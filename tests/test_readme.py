@@ -27,7 +27,9 @@ def test_the_readme_has_commands():
 def test_command_of_the_readme(command, folder, script):
     _, name, *options = shlex.split(command)
     if name == 'CIFAR10_train.py':
-        options += ['--dataset', 'synthetic', '--epochs', '1'] + (['--search', '2', '--holdout', '500'] if '--search' in options else [])
+        small = {'--epochs': '1', '--holdout': '500', '--search': '2'}
+        options = [small.get(before, option) for before, option in zip(['', *options], options)]
+        options += ['--dataset', 'synthetic', '--epochs', '1']
     elif '--weights' in options:
         options += ['--dataset', 'synthetic']
     done = script(folder, name, *options)
