@@ -107,7 +107,7 @@ class Configuration:
 
 # The three settings of the report.
 SETTINGS = {
-    'mlp': Configuration('mlp', hidden=(1024, 1024, 1024), normalization='batch', epochs=300, optimizer='nesterov',
+    'mlp': Configuration('mlp', hidden=(1024, 1024, 1024), dropout=0.2, normalization='batch', epochs=300, optimizer='nesterov',
                          learning_rate=0.1, weight_decay=5e-4, learning_rate_decay='cosine', warmup=2.0),
     'lenet5': Configuration('lenet5', epochs=150, activation='elu', optimizer='nesterov', learning_rate=0.041,
                             weight_decay=2.1e-4, learning_rate_decay='cosine', warmup=2.0),

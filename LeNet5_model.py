@@ -6,7 +6,11 @@ from MLP_model import ACTIVATIONS, initialize, widening
 
 
 class LeNet5_model(nn.Module):
-    """Two convolutions, three fully connected layers, 62,006 parameters; images (N, 3, 32, 32) -> logits (N, 10)."""
+    """Two convolutions, three fully connected layers, 62,006 parameters; images (N, 3, 32, 32) -> logits (N, 10).
+
+    The activations of the slides never fall as their input rises, so the largest of four activations is the activation of the
+    largest value: pooling before the activation, as in LeCun et al. 1998, gives the same and takes a quarter of the work.
+    """
 
     def __init__(self, activation='relu', initialization='he_normal'):
         super().__init__()
@@ -20,8 +24,8 @@ class LeNet5_model(nn.Module):
         initialize(self, initialization)
 
     def forward(self, x):
-        x = F.max_pool2d(self.activation(self.conv1(x)), 2)  # [6, 28, 28] -> [6, 14, 14]
-        x = F.max_pool2d(self.activation(self.conv2(x)), 2)  # [16, 10, 10] -> [16, 5, 5]
+        x = self.activation(F.max_pool2d(self.conv1(x), 2))  # [6, 28, 28] -> [6, 14, 14]
+        x = self.activation(F.max_pool2d(self.conv2(x), 2))  # [16, 10, 10] -> [16, 5, 5]
         x = x.flatten(1)
         x = self.activation(self.fc1(x))
         x = self.activation(self.fc2(x))

@@ -72,6 +72,17 @@ def test_maxout_is_the_larger_of_two_linear_functions():
     assert LeNet5_model('maxout')(x).shape == (4, 10)
 
 
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_lenet5_gives_what_the_slides_order_of_convolution_activation_pooling_gives(name):
+    model, x = LeNet5_model(name), torch.randn(4, 3, 32, 32)
+    activation = ACTIVATIONS[name]()
+    y = F.max_pool2d(activation(F.conv2d(x, model.conv1.weight, model.conv1.bias)), 2)
+    y = F.max_pool2d(activation(F.conv2d(y, model.conv2.weight, model.conv2.bias)), 2).flatten(1)
+    for layer in (model.fc1, model.fc2):
+        y = activation(F.linear(y, layer.weight, layer.bias))
+    torch.testing.assert_close(model(x), F.linear(y, model.fc3.weight, model.fc3.bias))
+
+
 def test_batch_norm_of_an_mlp_comes_before_the_activation():
     model = MLP_model(hidden=(5, 4), normalization='batch')
     assert parameters(model) == parameters(MLP_model(hidden=(5, 4))) + 2 * (5 + 4)
