@@ -75,7 +75,7 @@ def test_a_convolutional_net_learns_the_synthetic_images_and_beats_an_mlp():
 def test_an_epoch_equals_a_loop_written_out_by_hand(name):
     """PyTorch's optimizer and loss on the same batches, the update of SGD with momentum as on the slides."""
     config = dataclasses.replace(SETTINGS[name], optimizer='sgd', learning_rate=0.01, weight_decay=1e-3, epochs=1,
-                                 learning_rate_decay='none', batch_size=50, warmup=0.0, precision='fp32')
+                                 learning_rate_decay='none', batch_size=50, warmup=0.0, dropout=0.0, precision='fp32')
     config = dataclasses.replace(config, hidden=(32,)) if name == 'mlp' else config
     data = torch.utils.data.TensorDataset(*(t[:150] for t in data_load('synthetic')[0].tensors))
     torch.manual_seed(0)
