@@ -120,7 +120,7 @@ def plot_search(searches, file):
             axis.set_major_locator(LogLocator(subs=(1, 3)))
             axis.set_major_formatter('{x:g}')
         figure.colorbar(points, label='held-out accuracy (%)')
-        axes.legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)  # the same in all
     figure.savefig(file, dpi=120)
 
 
@@ -270,10 +270,11 @@ def search_section(trials):
     for some in searches:
         config, names = some[0].config, SEARCH[some[0].config.model]
         minutes, machine = sum(run.history[-1]['seconds'] for run in some) / 60, some[0].machine
+        ended = "" if len(some[0].history) == config.epochs else ", and was broken off"
         text += bullets([
             f"{caution(some)}{TITLES[config.model]}: {len(some)} random trials of up to {config.epochs} epochs, chosen by "
             f"{config.holdout:,} held-out training images, never by the test images; the better half went on after a quarter and "
-            f"a half. It took {minutes:.0f} minutes ({', '.join(f'{name} {value}' for name, value in machine.items())})."])
+            f"a half. It took {minutes:.0f} minutes{ended} ({', '.join(f'{name} {value}' for name, value in machine.items())})."])
         text += table([[run.folder.name, *(in_words(getattr(run.config, name)) for name in names), len(run.history),
                         f"{run.best['val_accuracy']:.2f} %"] for run in some],
                       [*(name.replace('_', ' ') for name in names), 'epochs', 'held-out accuracy'])
@@ -366,7 +367,7 @@ def submit(name):
     print(f"{file} holds the code and the report.")
 
 
-def main():
+def main(arguments=None):
     parser = Parser("Write the plots and the report of the runs in results/, or evaluate weights, or classify pictures.")
     parser.add_argument('--name', help="recompute only this run's accuracy; with --predict: ask this run, not the best one")
     parser.add_argument('--model', help=f"the setting that --weights belongs to: {', '.join(SETTINGS)}")
@@ -374,7 +375,7 @@ def main():
     parser.add_argument('--dataset', default='cifar10', help="images for --weights: cifar10 (default) or synthetic")
     parser.add_argument('--predict', nargs='+', metavar='FILE', help="print the class of each picture")
     parser.add_argument('--submit', metavar='StudentID_Name', help="write StudentID_Name.zip with the code and the report")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     device = choose_device('auto')
     if options.weights:
         return evaluate_weights(options, device)

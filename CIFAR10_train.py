@@ -12,10 +12,8 @@ import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -151,6 +149,13 @@ def build_optimizer(model, config):
                                 weight_decay=config.weight_decay, fused=True)
     return torch.optim.SGD(model.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay,
                            nesterov=config.optimizer == 'nesterov', fused=True)
+
+
+def average(model, optimizer, decay):
+    """A model of the exponential moving average of a model's weights, updated after each step of its optimizer."""
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(model))
+    return averaged
 
 
 def learning_rate(config, epoch):
@@ -309,13 +314,6 @@ def open_run(name, config, restart):
         held.close()
 
 
-def average(model, optimizer, decay):
-    """A model of the exponential moving average of a model's weights, updated after each step of its optimizer."""
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(model))
-    return averaged
-
-
 def train(run, parts, forward, train_data, val_data, state, until=math.inf):
     """Train to the last epoch, the early stop or epoch `until`; SIGINT and SIGTERM end it after the present step, saved.
 
@@ -440,11 +438,11 @@ def main():
     print(f"Training images: {len(data[0]):,}\nValidation images: {len(data[1]):,}"
           f"\nShape of an image: {list(data[0][0][0].shape)}", flush=True)
     run = search(config, options, device, data) if options.search else train_run(options.name, config, options, device, data)
-    if process()[0] == 0:
-        subprocess.run([sys.executable, Path(__file__).with_name('CIFAR10_evaluation.py'), '--name', run.folder.name,
-                        '--data-dir', options.data_dir])
     if dist.is_initialized():
         dist.destroy_process_group()
+    if int(os.environ.get('RANK', 0)) == 0:
+        import CIFAR10_evaluation  # here, as it imports this file: a run hands over to it and gets nothing back
+        CIFAR10_evaluation.main(['--name', run.folder.name, '--data-dir', str(options.data_dir)])
 
 
 if __name__ == '__main__':

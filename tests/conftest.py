@@ -1,5 +1,8 @@
 """What several tests share: the scripts run as a user runs them, and two short runs on the synthetic images."""
+import contextlib
 import hashlib
+import importlib
+import io
 import pickle
 import subprocess
 import sys
@@ -12,14 +15,31 @@ from torchvision.datasets import CIFAR10
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from CIFAR10_configuration import run_script  # noqa: E402
+
+
+@pytest.fixture(scope='session')
+def process():
+    """Call process(folder, 'CIFAR10_train.py', *options): runs it in that folder as a user does; returns the finished process."""
+    def call(folder, name, *options):
+        return subprocess.run([sys.executable, ROOT / name, *map(str, options)], cwd=folder, text=True, encoding='utf-8',
+                              stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
+    return call
 
 
 @pytest.fixture(scope='session')
 def script():
-    """Call script(folder, 'CIFAR10_train.py', *options): runs it in that folder and returns the finished process."""
+    """The same within this process, for a new one takes seconds to import PyTorch."""
     def call(folder, name, *options):
-        return subprocess.run([sys.executable, ROOT / name, *map(str, options)], cwd=folder, text=True, encoding='utf-8',
-                              stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
+        module, output, errors = importlib.import_module(Path(name).stem), io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            patch.chdir(folder)
+            patch.setattr(sys, 'argv', [name, *map(str, options)])
+            try:
+                code = run_script(module.main) or 0
+            except SystemExit as end:
+                code = end.code
+        return subprocess.CompletedProcess(sys.argv, code, output.getvalue(), errors.getvalue())
     return call
 
 

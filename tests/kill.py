@@ -26,5 +26,5 @@ def dies(function):
 
 
 F.cross_entropy, os.fsync, os.replace = dies(F.cross_entropy), dies(os.fsync), dies(os.replace)
-CIFAR10_train.subprocess = SimpleNamespace(run=lambda *_: None)  # the evaluation is not what is tested here
+sys.modules['CIFAR10_evaluation'] = SimpleNamespace(main=lambda *_: None)  # the evaluation is not what is tested here
 CIFAR10_train.run_script(CIFAR10_train.main)

@@ -24,7 +24,7 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.parametrize('command', COMMANDS)
-def test_command_of_the_readme(command, folder, script):
+def test_command_of_the_readme(command, folder, process):
     _, name, *options = shlex.split(command)
     if name == 'CIFAR10_train.py':
         small = {'--epochs': '1', '--holdout': '500', '--search': '2'}
@@ -32,5 +32,5 @@ def test_command_of_the_readme(command, folder, script):
         options += ['--dataset', 'synthetic', '--epochs', '1']
     elif '--weights' in options:
         options += ['--dataset', 'synthetic']
-    done = script(folder, name, *options)
+    done = process(folder, name, *options)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from test_training import rows
 import CIFAR10_train
 from CIFAR10_configuration import UserError, lock
 
-KILLS = int(os.environ.get('KILLS', 4))
+KILLS = int(os.environ.get('KILLS', 3))
 SMALL = dict(mlp=['--hidden', '32', '--dropout', '0.3', '--batch-size', '500'], lenet5=['--batch-size', '500', '--averaging', '0.9'],
              resnet32=['--batch-size', '40', '--holdout', '4800'])
 
@@ -118,9 +118,9 @@ def test_a_changed_option_is_named_and_nothing_changes(unfinished, script):
     assert content(unfinished / 'results' / 'mlp') == before
 
 
-def test_a_second_process_is_refused(unfinished, script):
+def test_a_second_process_is_refused(unfinished, process):
     held = lock(unfinished / 'results' / 'mlp')
-    done = script(unfinished, 'CIFAR10_train.py', *options('mlp'))
+    done = process(unfinished, 'CIFAR10_train.py', *options('mlp'))
     held.close()
     assert done.returncode == 2 and 'another process is writing' in done.stderr
 
