@@ -282,7 +282,7 @@ def search_section(trials):
 
 
 def write_report(runs):
-    """Write the accuracy plots and results/report.html, a single file with all of it inside, from a list of runs."""
+    """Write results/report.html, a single file with all of it and the runs' plots inside, from a list of runs."""
     RESULTS.mkdir(exist_ok=True)
     trials, runs = [run for run in runs if is_trial(run)], [run for run in runs if not is_trial(run)]
     settings = {model: min((run for run in runs if run.config.model == model), default=None,  # on CIFAR-10, named like the model
@@ -292,8 +292,6 @@ def write_report(runs):
             for number, (model, run) in enumerate(settings.items(), 1)]
     own = [run for run in settings.values() if run]
     others = [run for run in runs if not any(run in alike(first, runs, 'seed') for first in own)]
-    for run in runs:
-        plot_accuracy([run], run.folder / 'accuracy.png')
     if len(own) > 1:
         plot_accuracy(own, RESULTS / 'accuracy.png')
     winner = max(own, key=lambda run: run.best['val_accuracy']).folder if own else RESULTS
@@ -369,7 +367,7 @@ def submit(name):
 
 def main(arguments=None):
     parser = Parser("Write the plots and the report of the runs in results/, or evaluate weights, or classify pictures.")
-    parser.add_argument('--name', help="recompute only this run's accuracy; with --predict: ask this run, not the best one")
+    parser.add_argument('--name', help="recompute and draw only this run; with --predict: ask this run, not the best one")
     parser.add_argument('--model', help=f"the setting that --weights belongs to: {', '.join(SETTINGS)}")
     parser.add_argument('--weights', type=Path, metavar='FILE', help="print the accuracy of these weights")
     parser.add_argument('--dataset', default='cifar10', help="images for --weights: cifar10 (default) or synthetic")
@@ -381,12 +379,14 @@ def main(arguments=None):
         return evaluate_weights(options, device)
 
     runs = read_runs()
-    trained = [run for run in runs if (run.folder / 'best.pt').exists()
-               and (run.folder.name == options.name or not options.name and not is_trial(run))]  # a trial only chose
+    asked = [run for run in runs if run.folder.name == options.name or not options.name and not is_trial(run)]  # a trial only chose
+    trained = [run for run in asked if (run.folder / 'best.pt').exists()]
     if not trained and (options.name or options.predict):
         raise UserError(f"No run {options.name or ''} with weights is in {RESULTS}: train one, or see --help.")
     if options.predict:
         return predict_pictures(options.predict, max(trained, key=lambda run: run.best['val_accuracy']), device)
+    for run in asked:
+        plot_accuracy([run], run.folder / 'accuracy.png')
     for run in trained:
         try:
             found = examine(run, options.data_dir, device)

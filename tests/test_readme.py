@@ -1,4 +1,5 @@
 """The README's commands work as written; those that train are shortened to one epoch on the synthetic images."""
+import re
 import shlex
 
 import pytest
@@ -21,6 +22,11 @@ def folder(tmp_path_factory):
 
 def test_the_readme_has_commands():
     assert len(COMMANDS) >= 8
+
+
+def test_the_first_run_learns(script, tmp_path):
+    done = script(tmp_path, *shlex.split(COMMANDS[0])[1:])
+    assert done.returncode == 0 and float(re.search(r'Best validation accuracy ([\d.]+) %', done.stdout)[1]) > 80
 
 
 @pytest.mark.parametrize('command', COMMANDS)
