@@ -1,5 +1,6 @@
 """What several tests share: the scripts run as a user runs them, and two short runs on the synthetic images."""
 import contextlib
+import gc
 import hashlib
 import importlib
 import io
@@ -39,6 +40,7 @@ def script():
                 code = run_script(module.main) or 0
             except SystemExit as end:
                 code = end.code
+        gc.collect()  # a refused run's lock ends with its objects here, with its process else
         return subprocess.CompletedProcess(sys.argv, code, output.getvalue(), errors.getvalue())
     return call
 
