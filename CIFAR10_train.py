@@ -438,9 +438,10 @@ def main():
     print(f"Training images: {len(data[0]):,}\nValidation images: {len(data[1]):,}"
           f"\nShape of an image: {list(data[0][0][0].shape)}", flush=True)
     run = search(config, options, device, data) if options.search else train_run(options.name, config, options, device, data)
+    rank = process()[0]
     if dist.is_initialized():
         dist.destroy_process_group()
-    if int(os.environ.get('RANK', 0)) == 0:
+    if rank == 0:
         import CIFAR10_evaluation  # here, as it imports this file: a run hands over to it and gets nothing back
         CIFAR10_evaluation.main(['--name', run.folder.name, '--data-dir', str(options.data_dir)])
 

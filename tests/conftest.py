@@ -33,11 +33,12 @@ def script():
     """The same within this process, for a new one takes seconds to import PyTorch."""
     def call(folder, name, *options):
         module, output, errors = importlib.import_module(Path(name).stem), io.StringIO(), io.StringIO()
+        code = 0
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             patch.chdir(folder)
             patch.setattr(sys, 'argv', [name, *map(str, options)])
             try:
-                code = run_script(module.main) or 0
+                run_script(module.main)
             except SystemExit as end:
                 code = end.code
         gc.collect()  # a refused run's lock ends with its objects here, with its process else
