@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 
 import torch
 import torch.distributed as dist
@@ -61,15 +62,49 @@ def build_model(config):
     return ResNet32_model()
 
 
+def keep_pages():
+    """Let the memory that every step uses stay mapped."""
+    if sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
+        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed activations instead of faulting them in anew
+            ctypes.CDLL(None).mallopt(threshold, 1 << 30)
+    torch.expm1(torch.tensor(-0.0))  # reads a constant that ELU's AVX-512 code masks out, which stalls it until the page is mapped
+
+
+def batch_norm(self, x):
+    """What nn.BatchNorm2d does, (N, C, H, W) -> (N, C, H, W), with sums over each image and then over the images.
+
+    torch.compile takes the long sums of nn.BatchNorm2d's own code by a slower algorithm, forward and backward.
+    """
+    if not self.training:
+        return nn.BatchNorm2d.forward(self, x)
+    y, count = x.to(self.weight.dtype), x.numel() / x.shape[1]
+    mean, square = (t.mean((2, 3), keepdim=True).mean(0, keepdim=True) for t in (y, y * y))
+    variance = (square - mean * mean).clamp(min=0)
+    with torch.no_grad():
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.flatten(), self.momentum)
+        self.running_var.lerp_(variance.flatten() * count / (count - 1), self.momentum)
+    scale = self.weight.view(1, -1, 1, 1) * (variance + self.eps).rsqrt()
+    shift = self.bias.view(1, -1, 1, 1) - mean * scale
+    return (y * scale.expand(len(x), -1, 1, 1) + shift.expand(len(x), -1, 1, 1)).to(x.dtype)
+
+
+def ease_compilation(model):
+    """Let a model's layers compute the same values and gradients in a way that compiles to faster code for the CPU."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.forward = types.MethodType(batch_norm, m)
+        if isinstance(m, nn.MaxPool2d) and m.kernel_size == 1:  # without max-pooling's indices
+            m.forward = lambda x, stride=m.stride: x[:, :, ::stride, ::stride]
+
+
 def accelerate(model, config, device, steps):
     """Everything that only makes training faster, by what the machine has and how many steps it will take.
 
     Returns:
         A function of images (N, 3, 32, 32) and labels (N,) that returns their mean loss and logits (N, 10).
     """
-    if sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
-        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed activations instead of faulting them in anew
-            ctypes.CDLL(None).mallopt(threshold, 1 << 30)
+    keep_pages()
     model.to(memory_format=torch.channels_last)  # the layout in which convolutions compute; nothing to a linear layer
     native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == 'cuda' else
               device.type == 'cpu' and (capabilities().get('avx512_bf16') or capabilities().get('amx_bf16')))
@@ -85,9 +120,8 @@ def accelerate(model, config, device, steps):
     pays = any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) and steps > 3000  # it fuses what is between convolutions
     if config.compile == 'off' or config.compile == 'auto' and not (compiler and pays):
         return forward
-    for m in model.modules():
-        if isinstance(m, nn.MaxPool2d) and m.kernel_size == 1:  # the same values and gradients, without max-pooling's indices
-            m.forward = lambda x, stride=m.stride: x[:, :, ::stride, ::stride]
+    if device.type == 'cpu':
+        ease_compilation(model)
     # In place, a store of 16 bf16 numbers stalls the next load, as both touch a register of 32: BN's backward took twice as long.
     compiled = torch.compile(forward, dynamic=False, options={'inplace_buffers': False})
 

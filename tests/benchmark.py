@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torchvision.transforms as T
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import CIFAR10
@@ -26,6 +27,7 @@ from CIFAR10_configuration import SETTINGS  # noqa: E402
 from CIFAR10_train import (accelerate, build_model, build_optimizer, choose_device, describe_machine, evaluate,  # noqa: E402
                            train_epoch)
 from dataset import MEAN, STD, data_load  # noqa: E402
+from LeNet5_model import LeNet5_model  # noqa: E402
 
 ROWS = {'ResNet-32': dict(model='resnet32'), 'LeNet-5': dict(model='lenet5'), 'MLP 1024-512': dict(model='mlp', hidden=(1024, 512))}
 if SETTINGS['mlp'].hidden != (1024, 512):
@@ -43,13 +45,24 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
 
 
+class SlidesLeNet5(LeNet5_model):
+    """LeNet-5 in the order of the slides: convolution, activation, pooling."""
+
+    def forward(self, x):
+        x = F.max_pool2d(self.activation(self.conv1(x)), 2)
+        x = F.max_pool2d(self.activation(self.conv2(x)), 2)
+        x = self.activation(self.fc1(x.flatten(1)))
+        return self.fc3(self.activation(self.fc2(x)))
+
+
 def plain(config, data_dir, workers, began):
     """The slides' loop, written out; returns what it measured."""
     normalize = [T.ToTensor(), T.Normalize(MEAN, STD)]
     train_data = CIFAR10(data_dir, train=True, transform=T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), *normalize]))
     val_data = CIFAR10(data_dir, train=False, transform=T.Compose(normalize))
     device = choose_device('auto')
-    model = build_model(config).to(device)
+    model = SlidesLeNet5(config.activation, config.initialization) if config.model == 'lenet5' else build_model(config)
+    model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
     criterion = nn.CrossEntropyLoss()
     model.train()
