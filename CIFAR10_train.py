@@ -133,6 +133,8 @@ def accelerate(model, config, device, steps):
             print(f"Training goes on without compilation, which failed ({type(error).__name__}): install a C++ compiler, or give "
                   "--compile off.")
             compiled = forward
+            for m in model.modules():
+                vars(m).pop('forward', None)  # as they were before ease_compilation
             return forward(images, labels)
 
     return forward_compiled

@@ -108,6 +108,22 @@ def test_a_failing_compiler_is_named_and_training_goes_on_without(process, tmp_p
     assert done.returncode == 0 and done.stdout.count('without compilation') == 1 and 'epoch 1/1' in done.stdout
 
 
+def test_a_failing_compiler_leaves_the_model_as_it_was(monkeypatch, capsys):
+    def failing(*_, **__):
+        def fail(*_):
+            raise RuntimeError
+        return fail
+
+    monkeypatch.setattr(torch, 'compile', failing)
+    config = dataclasses.replace(SETTINGS['resnet32'], compile='on', batch_size=8)
+    model = build_model(config)
+    forward = accelerate(model, config, CPU, steps=1)
+    assert any('forward' in vars(m) for m in model.modules())
+    forward(torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.long))
+    assert not any('forward' in vars(m) for m in model.modules())
+    assert 'without compilation, which failed (RuntimeError)' in capsys.readouterr().out
+
+
 def test_processes_together_see_each_batch_once():
     data = first(130)
     whole = list(training_batches(data, 32, seed=5))
