@@ -38,7 +38,7 @@ STYLE = """<!DOCTYPE html>
 body { font: 15px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; width: 100%; font-size: 13px }
 td, th { border: 1px solid #888; padding: 4px; text-align: center } th { background: #eee }
-td:nth-child(-n+2), td:last-child { white-space: nowrap; font-weight: bold }
+td:nth-child(-n+2), td:last-child { font-weight: bold } td:nth-child(-n+2) { white-space: nowrap }
 .row { display: flex; gap: 8px } figure { flex: 1; margin: 0; min-width: 0 } img { max-width: 100% }
 @page { size: A4 landscape; margin: 1cm } @media print { img, figure, tr { break-inside: avoid; max-height: 17cm } }
 </style>
@@ -171,9 +171,9 @@ def is_trial(run):
     return '-search-' in run.folder.name
 
 
-def alike(run, runs, *free):
-    """Of a list the runs that differ from this one only in the fields named, or in what makes training faster; itself first."""
-    same = {f.name: f.default for f in dataclasses.fields(Configuration) if f.name in (*free, *ONLY_SPEED)}
+def alike(run, runs):
+    """Of a list the runs that differ from this one only in their seed, or in what makes training faster; itself first."""
+    same = {f.name: f.default for f in dataclasses.fields(Configuration) if f.name in ('seed', *ONLY_SPEED)}
     return sorted((other for other in runs if dataclasses.replace(other.config, **same) == dataclasses.replace(run.config, **same)),
                   key=lambda other: other is not run)
 
@@ -187,13 +187,14 @@ def in_short(numbers, digits):
 def report_row(*seeds):
     """The cells under COLUMNS, as text; of runs that differ only in their seed mean and standard deviation."""
     run, config = seeds[0], seeds[0].config
-    drops = ', '.join(f"×{config.gamma:g} after epoch {before['epoch']:.0f}" for before, _ in learning_rate_drops(run))
+    drops = ', '.join(f"{before['epoch']:.0f}" for before, _ in learning_rate_drops(run))
+    decay = f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay.replace('none', 'X')
     return [TITLES[config.model], 'X' if run.machine['device'] == 'cpu' else 'O', config.batch_size,
             {'relu': 'ReLU', 'elu': 'ELU'}.get(config.activation, config.activation), config.initialization.capitalize(),
             {'sgd': 'SGD', 'nesterov': 'SGD (Nesterov)', 'adam': 'Adam'}[config.optimizer],
             f'{config.learning_rate:g}', f'{config.momentum:g}', f'{config.weight_decay:g}' if config.weight_decay else 'X',
-            {'none': 'X', 'cosine': 'cosine'}.get(config.learning_rate_decay, drops or 'step'),
-            in_short([run.history[-1]['seconds'] / 60 for run in seeds], 1), ', '.join(f"{run.best['epoch']:.0f}" for run in seeds),
+            decay, in_short([run.history[-1]['seconds'] / 60 for run in seeds], 1),
+            ', '.join(f"{run.best['epoch']:.0f}" for run in seeds),
             in_short([run.best['val_accuracy'] for run in seeds], 2) + ' %' + (f' ({len(seeds)} seeds)' if len(seeds) > 1 else '')]
 
 
@@ -288,10 +289,10 @@ def write_report(runs):
     settings = {model: min((run for run in runs if run.config.model == model), default=None,  # on CIFAR-10, named like the model
                            key=lambda run: (run.config.dataset != 'cifar10', run.folder.name != model, run.folder.name))
                 for model in SETTINGS}
-    rows = [[f"Setting #{number}", *(report_row(*alike(run, runs, 'seed')) if run else [TITLES[model]] + [''] * 12)]
+    rows = [[f"Setting #{number}", *(report_row(*alike(run, runs)) if run else [TITLES[model]] + [''] * 12)]
             for number, (model, run) in enumerate(settings.items(), 1)]
     own = [run for run in settings.values() if run]
-    others = [run for run in runs if not any(run in alike(first, runs, 'seed') for first in own)]
+    others = [run for run in runs if not any(run in alike(first, runs) for first in own)]
     if len(own) > 1:
         plot_accuracy(own, RESULTS / 'accuracy.png')
     winner = max(own, key=lambda run: run.best['val_accuracy']).folder if own else RESULTS
