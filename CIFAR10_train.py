@@ -27,7 +27,7 @@ from CIFAR10_configuration import (ONLY_SPEED, RESULTS, Configuration, Run, User
 from dataset import data_load, normalize, training_batches
 from LeNet5_model import LeNet5_model
 from MLP_model import MLP_model
-from ResNet_model import ResNet32_model
+from ResNet_model import IdentityPadding, ResNet32_model
 
 
 def choose_device(name):
@@ -89,13 +89,26 @@ def batch_norm(self, x):
     return (y * scale.expand(len(x), -1, 1, 1) + shift.expand(len(x), -1, 1, 1)).to(x.dtype)
 
 
-def ease_compilation(model):
-    """Let a model's layers compute the same values and gradients in a way that compiles to faster code for the CPU."""
+def identity_padding(self, x):
+    """What IdentityPadding does, as a convolution: torch.compile would mask out three of four places in every backward kernel."""
+    channels = x.shape[1]
+    eye = torch.eye(channels + self.add_channels, channels, dtype=x.dtype)
+    return F.conv2d(x, eye[..., None, None], stride=self.pooling.stride)
+
+
+def dropout(self, x):
+    """What nn.Dropout does, with four of its draws, of 16 bits, from one random number."""
+    if not self.training or self.p == 0:
+        return x
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)[:x.numel()].view_as(x)
+    return x * (draws >= int(self.p * 2 ** 16) - 2 ** 15).to(x.dtype).div_(1 - self.p)
+
+
+def quicken(model, replacements):
+    """Let a model's layers of the given types compute the same by other functions, until their 'forward' is deleted."""
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.forward = types.MethodType(batch_norm, m)
-        if isinstance(m, nn.MaxPool2d) and m.kernel_size == 1:  # without max-pooling's indices
-            m.forward = lambda x, stride=m.stride: x[:, :, ::stride, ::stride]
+        if type(m) in replacements:
+            m.forward = types.MethodType(replacements[type(m)], m)
 
 
 def accelerate(model, config, device, steps):
@@ -109,6 +122,8 @@ def accelerate(model, config, device, steps):
     native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == 'cuda' else
               device.type == 'cpu' and (capabilities().get('avx512_bf16') or capabilities().get('amx_bf16')))
     bf16 = native if config.precision == 'auto' else config.precision == 'bf16'
+    if device.type == 'cpu':
+        quicken(model, {nn.Dropout: dropout})
     parallel = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
 
     def forward(images, labels):
@@ -121,7 +136,7 @@ def accelerate(model, config, device, steps):
     if config.compile == 'off' or config.compile == 'auto' and not (compiler and pays):
         return forward
     if device.type == 'cpu':
-        ease_compilation(model)
+        quicken(model, {nn.BatchNorm2d: batch_norm, IdentityPadding: identity_padding})
     # In place, a store of 16 bf16 numbers stalls the next load, as both touch a register of 32: BN's backward took twice as long.
     compiled = torch.compile(forward, dynamic=False, options={'inplace_buffers': False})
 
@@ -134,7 +149,7 @@ def accelerate(model, config, device, steps):
                   "--compile off.")
             compiled = forward
             for m in model.modules():
-                vars(m).pop('forward', None)  # as they were before ease_compilation
+                vars(m).pop('forward', None)
             return forward(images, labels)
 
     return forward_compiled

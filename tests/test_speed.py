@@ -79,6 +79,28 @@ def test_the_modules_that_are_compiled_give_the_same_values_gradients_and_runnin
     torch.testing.assert_close(tested(images), model.eval()(images))
 
 
+def test_dropout_silences_its_share_scales_the_rest_and_leaves_testing_alone():
+    config = dataclasses.replace(SETTINGS['mlp'], dropout=0.3, **SLOW)
+    model = build_model(config)
+    accelerate(model, config, CPU, steps=1)
+    layer = next(m for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    x = torch.randn(333, 1001, requires_grad=True)  # no multiple of four
+    torch.manual_seed(0)
+    y = layer(x)
+    kept = y != 0
+    assert (~kept).float().mean() == pytest.approx(0.3, abs=0.004)  # 5 standard deviations
+    for silenced in (~kept).float().mean(0), (~kept).float().mean(1):  # no unit and no image is preferred
+        assert silenced.std() < 1.2 * (0.21 / (len(kept) if len(silenced) == 1001 else 1001)) ** 0.5
+    assert not torch.equal(kept[:, :-4], kept[:, 4:]) and abs((kept[:, :-1] == kept[:, 1:]).float().mean() - 0.58) < 0.01
+    torch.testing.assert_close(y[kept], x[kept] / 0.7)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, kept / 0.7)
+    assert not torch.equal(layer(x), y)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), y)
+    assert torch.equal(layer.eval()(x), x)
+
+
 def accuracies(name, epochs, images, **speed):
     """Validation accuracy on the synthetic images with each of three seeds, after 50 steps an epoch."""
     data, val_data = first(images), data_load('synthetic')[1]
