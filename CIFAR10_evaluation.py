@@ -1,4 +1,4 @@
-"""From results/ to figures and the report, from weights to accuracies and predictions.
+"""From weights to accuracies, from results/ to figures and the report.
 
     python CIFAR10_evaluation.py                                  results/report.html from all runs
     python CIFAR10_evaluation.py --model lenet5 --weights FILE    accuracy of any weights
@@ -6,161 +6,300 @@
     python CIFAR10_evaluation.py --submit StudentID_Name          StudentID_Name.zip to hand in
 """
 import base64
-import dataclasses
-import html
 import json
+import os
+import platform
+import re
 import statistics
 import zipfile
+from html import escape
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision.transforms.functional as TF
+import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.image import imread
-from matplotlib.ticker import LogLocator
-from torchvision.datasets.folder import pil_loader
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid
 
-from CIFAR10_configuration import (ONLY_SPEED, RESULTS, SEARCH, SETTINGS, Configuration, Parser, Run, UserError, check,
-                                   check_name, option, run_script, write_whole)
-from CIFAR10_train import build_model, choose_device, evaluate, load_file, load_weights, predict
-from dataset import CLASS_NAMES, crop_and_flip, data_load
+from CIFAR10_configuration import (
+    MODELS,
+    RESULTS,
+    SEARCH,
+    Configuration,
+    Parser,
+    Run,
+    UserError,
+    atomic_write,
+    flag,
+    run_name,
+    run_script,
+)
+from dataset import CLASSES, crop_and_flip, data_load, normalize
+from LeNet5_model import LeNet5_model
+from MLP_model import MLP_model
+from ResNet_model import ResNet32_model
 
+# ----------------------------------------------------------------------------------------------------------
+# Measuring a model: device, network, weights, predictions, accuracy
+
+
+def choose_device(name='auto'):
+    """The torch.device of that name; 'auto' is the first of CUDA, MPS and CPU that this machine has."""
+    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    if name == 'auto':
+        name = max(available, key=available.get)  # the first True
+    if not available[name]:
+        raise UserError(f"This machine or its PyTorch has no {name}: leave --device out to use what it has.")
+    if name == 'cuda':
+        # torchrun starts a process for each GPU, and gives it a number.
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    return torch.device(name)
+
+
+def cpu_capabilities():
+    """What the CPU can do, as PyTorch 2.10 and newer tell it."""
+    return getattr(torch.cpu, 'get_capabilities', dict)()
+
+
+def describe_machine(device):
+    """What the report says of the machine: device, processor, processes, threads and PyTorch's version."""
+    processor = cpu_capabilities().get('cpu_name', platform.machine())
+    return dict(device=device.type,
+                processor=torch.cuda.get_device_name() if device.type == 'cuda' else processor,
+                threads=torch.get_num_threads(),
+                torch=torch.__version__)
+
+
+def build_model(config, device):
+    """The configured network with fresh weights, on the device; images (N, 3, 32, 32) -> logits (N, 10)."""
+    if config.model == 'mlp':
+        model = MLP_model(config.hidden, config.activation, config.initialization, config.dropout,
+                          config.normalization)
+    elif config.model == 'lenet5':
+        model = LeNet5_model(config.activation, config.initialization)
+    else:
+        model = ResNet32_model()
+    # The layout in which convolutions are fastest; on MPS it spoils the gradients (PyTorch issue 175189).
+    if device.type != 'mps':
+        model.to(memory_format=torch.channels_last)
+    return model.to(device)
+
+
+def load_file(file, hint):
+    """What torch.save wrote to a file. Raises UserError, ending with the hint, if it is unsafe or damaged."""
+    try:
+        return torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as error:  # whatever a damaged or malicious file makes torch.load raise
+        raise UserError(f"{file} can't be loaded ({type(error).__name__}): {hint}.") from None
+
+
+def load_weights(model, saved, file):
+    """Load what a file held, a state dict or a dict that has one as 'model_state_dict', into a model.
+
+    Raises UserError that names the first layer that does not fit.
+    """
+    state = saved.get('model_state_dict', saved) if isinstance(saved, dict) else None
+    # DataParallel and torch.compile put a word of theirs before each name.
+    state = {re.sub(r'^((module|_orig_mod)\.)+', '', str(name)): tensor
+             for name, tensor in (state or {}).items() if torch.is_tensor(tensor)}
+    wanted = model.state_dict()
+    for name in [*wanted, *state]:
+        found, needed = (list(tensors[name].shape) if name in tensors else 'missing'
+                         for tensors in (state, wanted))
+        if found != needed:
+            raise UserError(f"{file} does not fit {type(model).__name__}: {name} is {found} in the file and "
+                            f"{needed} in the model; choose the --model that the weights belong to.")
+    model.load_state_dict(state)
+
+
+def load_best(run, device):
+    """The network of a run with the weights of its early-stopping epoch."""
+    model, file = build_model(run.config, device), run.folder / 'best.pt'
+    load_weights(model, load_file(file, "train the run again"), file)
+    return model
+
+
+@torch.no_grad()
+def predict(model, images):
+    """Logits (N, 10) of uint8 images (N, 3, 32, 32), by the model as it is at test time."""
+    model.eval()
+    # A hundred at a time, as the feature maps of more don't fit a CPU's cache.
+    return torch.cat([model(normalize(batch)) for batch in images.split(100)])
+
+
+def evaluate(model, data):
+    """Mean cross-entropy loss and accuracy in percent on a data set, in float32."""
+    images, labels = data.tensors
+    logits = predict(model, images)
+    correct = (logits.argmax(1) == labels).sum().item()
+    return F.cross_entropy(logits, labels).item(), correct / len(labels) * 100
+
+
+def evaluate_run(run, data_dir, device):
+    """Recompute a run's accuracies from best.pt into evaluation.json, and draw its figures of images."""
+    # The images that the run was validated on, and its weights
+    config = run.config
+    train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, urls=())
+    model = load_best(run, device)
+
+    # What the model takes each of them for, and how sure it is
+    images, labels = val_data.tensors
+    confidence, predicted = predict(model, images).softmax(1).max(1)
+    found = {'accuracy': (predicted == labels).sum().item() / len(labels) * 100}
+    if config.holdout:
+        # The one look at the test images, after every choice was made.
+        test_data = data_load(config.dataset, data_dir, device=device, urls=())[1]
+        found['test_accuracy'] = evaluate(model, test_data)[1]
+    atomic_write(run.folder / 'evaluation.json', json.dumps(found).encode())
+    print(f"{run.folder.name}: {found['accuracy']:.2f} % recomputed, "
+          f"{run.best['val_accuracy']:.2f} % recorded.")
+
+    plot_confusion(run, labels, predicted)
+    plot_mistakes(run, images, labels, predicted, confidence)
+    plot_samples(run, *train_data.tensors)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Figures
+
+# As the papers write them
 TITLES = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': 'ResNet-32'}
-COLOURS = {'mlp': 'tab:green', 'lenet5': 'tab:orange', 'resnet32': 'tab:blue'}
-COLUMNS = ('Model', 'GPU (O/X)', 'Batch_size', 'Activation function', 'Weight initialization', 'Optimizer', 'Learning rate',
-           'Momentum', 'Weight decay', 'LR decay', 'training time (m)', 'Early stopping epoch', 'Accuracy')  # as on the slide
-PROTOCOL = ('Epochs', 'Validated on', 'Best accuracy', 'Accuracy of the last epoch', 'Recomputed from the best weights',
-            'Test images, looked at once')
+
+
+def title(run):
+    """What figures and texts call a run's model; synthetic images are told apart from CIFAR-10."""
+    note = "" if run.config.dataset == 'cifar10' else " (synthetic, NOT CIFAR-10)"
+    return TITLES[run.config.model] + note
+
+
+def learning_rate_drops(run):
+    """The pairs of successive history rows between which the learning rate dropped by a step."""
+    return [(before, after) for before, after in pairwise(run.history)
+            if run.config.learning_rate_decay == 'step' and after['learning_rate'] < before['learning_rate']]
+
+
+def new_axes(width, height):
+    """The axes of a new figure of so many inches."""
+    return Figure(figsize=(width, height), dpi=130, layout='constrained').subplots()
+
+
+def plot_accuracy(runs, file):
+    """Plot validation accuracy over epochs; of a single run also where its learning rate dropped."""
+    axes = new_axes(5, 3.8)
+    for run in runs:
+        # A line, and a star at the early-stopping epoch
+        best, accuracies = run.best, [row['val_accuracy'] for row in run.history]
+        axes.plot(range(1, len(accuracies) + 1), accuracies, '.-', color=f'C{MODELS.index(run.config.model)}',
+                  label=f"{title(run)}: {run.folder.name}")
+        axes.plot(best['epoch'], best['val_accuracy'], 'k*',
+                  label=f"{best['val_accuracy']:.2f} % at epoch {best['epoch']:.0f}")
+    # A dotted line at each drop, where it does not cross other runs
+    for before, after in learning_rate_drops(run) if len(runs) == 1 else []:
+        axes.axvline(after['epoch'] - 0.5, color='grey', linestyle=':',
+                     label=f"learning rate {before['learning_rate']:.2g} to {after['learning_rate']:.2g}")
+    axes.set(xlabel='epoch', ylabel='validation accuracy (%)')
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc='lower right', fontsize=8)
+    axes.figure.savefig(file)
+
+
+def plot_confusion(run, labels, predicted):
+    """Plot how many images of each true class (rows) were taken for each class (columns)."""
+    count = (labels * 10 + predicted).bincount(minlength=100).view(10, 10).cpu()
+    names = CLASSES[run.config.dataset]
+    axes = new_axes(6.5, 6)
+    shade = count.sqrt().numpy()  # it shows rare confusions too
+    axes.imshow(shade, cmap='Blues', vmax=2 * shade.max())  # no darker than black digits need
+    axes.set_xticks(range(10), names, rotation=45, ha='right')
+    axes.set_yticks(range(10), names)
+    axes.set(xlabel='predicted class', ylabel='true class', title=f"{title(run)}, validation images")
+    # The numbers, but for the zeros
+    for y, x in count.nonzero().tolist():
+        axes.text(x, y, f'{count[y, x]}', ha='center', va='center', fontsize=8)
+    axes.figure.savefig(run.folder / 'confusion.png')
+
+
+def plot_images(images, columns, heading, file):
+    """Plot uint8 images (N, 3, 32, 32) in rows, with a text below each column."""
+    grid = make_grid(images, nrow=len(columns), pad_value=255)  # with white borders of 2 pixels
+    axes = new_axes(grid.shape[2] / 30, grid.shape[1] / 30 + 1)
+    axes.imshow(grid.permute(1, 2, 0).cpu().numpy())
+    axes.set_xticks(range(18, grid.shape[2], 34), columns, fontsize=8)  # the middle of each image
+    axes.set_yticks([])
+    axes.set_title(heading, fontsize='medium')
+    axes.figure.savefig(file)
+
+
+def plot_mistakes(run, images, labels, predicted, confidence):
+    """Plot the validation images of which the model was surest and wrong, at most eight."""
+    names = CLASSES[run.config.dataset]
+    # The wrong ones, the surest first
+    wrong = (predicted != labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True)][:8]
+    texts = [f"{names[labels[i]]},\ntaken for\n{names[predicted[i]]}\n({confidence[i]:.0%} sure)"
+             for i in wrong]
+    if texts:
+        plot_images(images[wrong], texts, f"{title(run)}, its surest mistakes", run.folder / 'mistakes.png')
+
+
+def plot_samples(run, images, labels):
+    """Plot a training image of each class, and three augmented versions of it."""
+    # The first image of each class, and each of them three times
+    samples = images[[labels.tolist().index(label) for label in range(10)]].cpu()
+    torch.manual_seed(0)  # the same figure each time
+    augmented = crop_and_flip(samples.repeat(3, 1, 1, 1), torch.randint(0, 9, (30, 2)), torch.rand(30) < 0.5)
+    plot_images(torch.cat([samples, augmented]), CLASSES[run.config.dataset],
+                f"{run.config.dataset}: training images, below them random crops and flips",
+                run.folder / 'samples.png')
+
+
+def plot_search(trials, file):
+    """Plot the accuracy of a search's trials over learning rate and weight decay."""
+    axes = new_axes(5, 3.8)
+    # A point a trial, the brighter the better
+    points = axes.scatter([run.config.learning_rate for run in trials],
+                          [run.config.weight_decay for run in trials],
+                          c=[run.best['val_accuracy'] for run in trials], s=70, edgecolors='black')
+    axes.loglog()
+    axes.tick_params(which='both', labelsize=8, rotation=45)  # else they overlap
+    axes.set(xlabel='learning rate', ylabel='weight decay', title=title(trials[0]))
+    axes.figure.colorbar(points, label='held-out accuracy (%)')
+    axes.figure.savefig(file)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The report
+
+# As on the slide
+COLUMNS = ('Model', 'GPU (O/X)', 'Batch_size', 'Activation function', 'Weight initialization', 'Optimizer',
+           'Learning rate', 'Momentum', 'Weight decay', 'LR decay', 'training time (m)',
+           'Early stopping epoch', 'Accuracy')
+PROTOCOL = ('Model', 'Epochs', 'Validated on', 'Best accuracy', 'Accuracy of the last epoch',
+            'Recomputed from the best weights', 'Test images, looked at once')
 STYLE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>CIFAR-10 Evaluation Report</title>
 <style>
 body { font: 15px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; width: 100%; font-size: 13px }
-td, th { border: 1px solid #888; padding: 4px; text-align: center } th { background: #eee }
+td { border: 1px solid #888; padding: 4px; text-align: center }
+tr:first-child { background: #eee; font-weight: bold }
 td:nth-child(-n+2), td:last-child { font-weight: bold } td:nth-child(-n+2) { white-space: nowrap }
 .row { display: flex; gap: 8px } figure { flex: 1; margin: 0; min-width: 0 } img { max-width: 100% }
-@page { size: A4 landscape; margin: 1cm } @media print { img, figure, tr { break-inside: avoid; max-height: 17cm } }
+@page { size: A4 landscape; margin: 1cm }
+@media print { img, figure, tr { break-inside: avoid; max-height: 17cm } }
 </style>
 """
-
-
-def learning_rate_drops(run):
-    """The pairs of successive history rows between which the learning rate dropped by a step."""
-    return [(before, after) for before, after in zip(run.history, run.history[1:])
-            if run.config.learning_rate_decay == 'step' and after['learning_rate'] < before['learning_rate']]
-
-
-def caution(runs):
-    """What stands before every title that speaks of a run on drawn images."""
-    return "NOT CIFAR-10 (synthetic): " if any(run.config.dataset != 'cifar10' for run in runs) else ""
-
-
-def plot_accuracy(runs, file):
-    """Draw validation accuracy over epochs; of a single run also its early-stopping epoch and learning-rate drops."""
-    figure = Figure(figsize=(5, 3.8) if len(runs) == 1 else (8, 4.5), layout='constrained')
-    axes = figure.subplots()
-    for run in runs:
-        best = run.best
-        axes.plot([row['epoch'] for row in run.history], [row['val_accuracy'] for row in run.history], marker='.',
-                  color=COLOURS[run.config.model], label=f"{TITLES[run.config.model]} ({run.folder.name})")
-        axes.plot(best['epoch'], best['val_accuracy'], 'k*', label=f"{best['val_accuracy']:.2f} % at epoch {best['epoch']:.0f}")
-    for before, after in learning_rate_drops(runs[0]) if len(runs) == 1 else []:
-        axes.axvline(after['epoch'] - 0.5, color='grey', linestyle=':',
-                     label=f"learning rate {before['learning_rate']:.2g} to {after['learning_rate']:.2g}")
-    title = TITLES[runs[0].config.model] + ', ' if len(runs) == 1 else ''
-    axes.set(xlabel='epoch', ylabel='validation accuracy (%)')
-    axes.set_title(f"{caution(runs)}{title}validation accuracy", fontsize='medium')  # fits beside the caution too
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(loc='lower right', fontsize=8)
-    figure.savefig(file, dpi=150)
-
-
-def plot_images(images, titles, title, file):
-    """Draw uint8 images (rows, columns, 3, 32, 32) in a grid; titles holds a list of texts for each row."""
-    rows, columns = images.shape[:2]
-    figure = Figure(figsize=(max(6, 1.3 * columns), 1.6 * rows + 0.8), layout='constrained')
-    figure.suptitle(title)
-    for axes, image, text in zip(figure.subplots(rows, columns, squeeze=False).flat, images.flatten(0, 1), sum(titles, [])):
-        axes.imshow(image.permute(1, 2, 0).cpu())
-        axes.set_title(text, fontsize=8)
-        axes.axis('off')
-    figure.savefig(file, dpi=120)
-
-
-def plot_confusion(matrix, names, title, file):
-    """Draw how many images of each true class (rows) were taken for each class (columns), from a (10, 10) count."""
-    figure = Figure(figsize=(6.5, 6), layout='constrained')
-    axes = figure.subplots()
-    axes.imshow(matrix.float().sqrt(), cmap='Blues')  # the square root shows rare confusions too
-    axes.set_xticks(range(10), names, rotation=45, ha='right')
-    axes.set_yticks(range(10), names)
-    axes.set(xlabel='predicted class', ylabel='true class', title=title)
-    for y, x in matrix.nonzero().tolist():
-        axes.text(x, y, matrix[y, x].item(), ha='center', va='center', fontsize=8,
-                  color='white' if matrix[y, x] > matrix.max() / 3 else 'black')
-    figure.savefig(file, dpi=120)
-
-
-def plot_search(searches, file):
-    """Draw validation accuracy over learning rate and weight decay, from a list of the trials of each model."""
-    figure = Figure(figsize=(max(5, 4 * len(searches)), 3.6), layout='constrained')
-    for axes, trials in zip(figure.subplots(1, len(searches), squeeze=False)[0], searches):
-        accuracies = [run.best['val_accuracy'] for run in trials]
-        for marker, label, ended in (('o', "trained to the end", True), ('X', "given up before", False)):
-            some = [run for run in trials if (len(run.history) == run.config.epochs) == ended]
-            points = axes.scatter([run.config.learning_rate for run in some], [run.config.weight_decay for run in some], s=70,
-                                  c=[run.best['val_accuracy'] for run in some], marker=marker, label=label, edgecolors='black',
-                                  vmin=min(accuracies), vmax=max(accuracies))
-        axes.set(xscale='log', yscale='log', xlabel='learning rate', ylabel='weight decay',
-                 title=caution(trials) + TITLES[trials[0].config.model])
-        axes.minorticks_off()
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 3)))
-            axis.set_major_formatter('{x:g}')
-        figure.colorbar(points, label='held-out accuracy (%)')
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)  # the same in all
-    figure.savefig(file, dpi=120)
-
-
-def examine(run, data_dir, device):
-    """Recompute a run's accuracies from best.pt into evaluation.json; draw its images, confusions and worst mistakes."""
-    config, names = run.config, CLASS_NAMES[run.config.dataset]
-    train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, urls=())
-    model = build_model(config)
-    load_weights(model, run.folder / 'best.pt')
-    images, labels = val_data.tensors
-    confidence, predicted = predict(model.to(device), images).softmax(1).max(1)
-    found = {'accuracy': (predicted == labels).sum().item() / len(labels) * 100}
-    if config.holdout:  # the one look at the test images, after every choice was made
-        test_data = data_load(config.dataset, data_dir, device=device, urls=())[1]
-        found['test_accuracy'] = evaluate(model, test_data)[1]
-    write_whole(run.folder / 'evaluation.json', json.dumps(found).encode())
-
-    title = caution([run]) + TITLES[config.model]
-    count = torch.zeros(10, 10, dtype=int).index_put_((labels.cpu(), predicted.cpu()), torch.tensor(1), accumulate=True)
-    plot_confusion(count, names, f"{title}, validation images", run.folder / 'confusion.png')
-    wrong = (predicted != labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True)][:8]
-    if len(wrong):
-        titles = [f"{names[labels[i]]},\ntaken for\n{names[predicted[i]]}\n({confidence[i]:.0%} sure)" for i in wrong]
-        plot_images(images[wrong][None], [titles], f"{title}, its most confident mistakes", run.folder / 'mistakes.png')
-    images, labels = train_data.tensors
-    samples = images[[(labels == c).nonzero()[0].item() for c in range(10)]].cpu()
-    torch.manual_seed(0)
-    versions = [samples] + [crop_and_flip(samples, torch.randint(0, 9, (10, 2)), torch.rand(10) < 0.5) for _ in range(3)]
-    plot_images(torch.stack(versions), [list(names)] + [["augmented"] * 10] * 3,
-                caution([run]) + "Training images, and as random crops and flips change them", run.folder / 'samples.png')
-    return found
 
 
 def read_runs():
     """All runs in results/; those that can't be read are named and left out."""
     runs = []
-    for folder in sorted(folder for folder in RESULTS.glob('*') if folder.is_dir()):
+    for file in sorted(RESULTS.glob('*/config.json')):
         try:
-            runs.append(Run.read(folder))
+            runs.append(Run.read(file.parent))
         except UserError as error:
             print(error)
     return runs
@@ -168,230 +307,256 @@ def read_runs():
 
 def is_trial(run):
     """Whether a run is one of a search's."""
-    return '-search-' in run.folder.name
+    return re.search(r'-search-\d\d$', run.folder.name)
 
 
-def alike(run, runs):
-    """Of a list the runs that differ from this one only in their seed, or in what makes training faster; itself first."""
-    same = {f.name: f.default for f in dataclasses.fields(Configuration) if f.name in ('seed', *ONLY_SPEED)}
-    return sorted((other for other in runs if dataclasses.replace(other.config, **same) == dataclasses.replace(run.config, **same)),
-                  key=lambda other: other is not run)
+def setting_runs(model, runs):
+    """The run that shows a setting, and those that differ from it only in their seed; or none."""
+    # Rather one on CIFAR-10 than on synthetic images, rather one that is named like the model.
+    ranked = sorted((run for run in runs if run.config.model == model),
+                    key=lambda run: (run.config.dataset != 'cifar10', run.folder.name != model))
+    return ranked[:1] + [run for run in ranked if run.config.differences(ranked[0].config) == ['seed']]
 
 
-def in_short(numbers, digits):
+def mean_std(numbers, digits):
     """The mean of numbers as text, with the standard deviation where there are several."""
     spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):.{digits}f}{spread}"
 
 
-def report_row(*seeds):
-    """The cells under COLUMNS, as text; of runs that differ only in their seed mean and standard deviation."""
-    run, config = seeds[0], seeds[0].config
+def report_row(runs):
+    """The cells under COLUMNS, as text, of runs that differ only in their seed."""
+    run, config = runs[0], runs[0].config
     drops = ', '.join(f"{before['epoch']:.0f}" for before, _ in learning_rate_drops(run))
-    decay = f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay.replace('none', 'X')
-    return [TITLES[config.model], 'X' if run.machine['device'] == 'cpu' else 'O', config.batch_size,
-            {'relu': 'ReLU', 'elu': 'ELU'}.get(config.activation, config.activation), config.initialization.capitalize(),
-            {'sgd': 'SGD', 'nesterov': 'SGD (Nesterov)', 'adam': 'Adam'}[config.optimizer],
-            f'{config.learning_rate:g}', f'{config.momentum:g}', f'{config.weight_decay:g}' if config.weight_decay else 'X',
-            decay, in_short([run.history[-1]['seconds'] / 60 for run in seeds], 1),
-            ', '.join(f"{run.best['epoch']:.0f}" for run in seeds),
-            in_short([run.best['val_accuracy'] for run in seeds], 2) + ' %' + (f' ({len(seeds)} seeds)' if len(seeds) > 1 else '')]
+    seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
+    return [
+        TITLES[config.model],
+        'X' if run.machine.get('device') == 'cpu' else 'O',  # as the slide asks
+        config.batch_size,
+        {'relu': 'ReLU', 'elu': 'ELU'}.get(config.activation, config.activation),
+        config.initialization.capitalize(),
+        {'sgd': 'SGD', 'nesterov': 'SGD (Nesterov)', 'adam': 'Adam'}[config.optimizer],
+        f'{config.learning_rate:g}',
+        f'{config.momentum:g}',
+        f"{config.weight_decay or 'X'}",
+        f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay,
+        mean_std([run.history[-1]['seconds'] / 60 for run in runs], 1),  # minutes
+        ', '.join(f"{run.best['epoch']:.0f}" for run in runs),
+        f"{mean_std([run.best['val_accuracy'] for run in runs], 2)} %{seeds}",
+    ]
 
 
-def in_words(value):
-    """A hyperparameter as text, of several values as on the command line."""
-    return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def settings_beside(run):
-    """A sentence on the hyperparameters that differ from the defaults and have no column."""
-    shown = ('model', 'dataset', 'seed', 'batch_size', 'activation', 'initialization', 'optimizer', 'learning_rate', 'momentum',
-             'weight_decay', 'learning_rate_decay', 'holdout', *ONLY_SPEED)
-    values = [(option(f), getattr(run.config, f.name)) for f in dataclasses.fields(run.config)
-              if f.name not in shown and (getattr(run.config, f.name) != f.default or f.name == 'epochs')]
-    return f"{TITLES[run.config.model]}, beside the table: {', '.join(f'{name} {in_words(value)}' for name, value in values)}."
-
-
-def protocol(run):
-    """The cells under PROTOCOL, as text: on which images a run was validated, and whether its weights give the accuracy again."""
+def protocol_row(run):
+    """The cells under PROTOCOL, as text: what a run was validated on, if its weights give the same again."""
+    holdout, best = run.config.holdout, run.best
     try:
         found = json.loads((run.folder / 'evaluation.json').read_text(encoding='utf-8'))
-        agrees = "agrees" if abs(found['accuracy'] - run.best['val_accuracy']) < 0.005 else "DISAGREES"
-        again, test = f"{found['accuracy']:.2f} %, {agrees}", f"{found['test_accuracy']:.2f} %" if run.config.holdout else 'X'
-    except (OSError, ValueError, TypeError, KeyError):
-        again = test = "not yet"
-    return [caution([run]) + run.folder.name, f"{len(run.history)} of {run.config.epochs}",
-            f"{run.config.holdout:,} held-out training images" if run.config.holdout else "the test images, as on the slides",
-            f"{run.best['val_accuracy']:.2f} % (epoch {run.best['epoch']:.0f})", f"{run.history[-1]['val_accuracy']:.2f} %",
-            again, test]
+        # The two decimals that are printed
+        agrees = "agrees" if abs(found['accuracy'] - best['val_accuracy']) < 0.005 else "DISAGREES"
+        recomputed = f"{found['accuracy']:.2f} %, {agrees}"
+        test = f"{found['test_accuracy']:.2f} %" if holdout else 'X'
+    except Exception:  # it was not evaluated yet, or its record is damaged
+        recomputed = test = "not yet"
+    return [
+        title(run),
+        f"{len(run.history)} of {run.config.epochs}",
+        f"{holdout:,} held-out training images" if holdout else "the test images, as on the slides",
+        f"{best['val_accuracy']:.2f} % (epoch {best['epoch']:.0f})",
+        f"{run.history[-1]['val_accuracy']:.2f} %",
+        recomputed,
+        test,
+    ]
 
 
 def summary(runs):
-    """Sentences on what won, by how much, and when the learning rate dropped and what that brought."""
+    """Sentences on what won, by how much, when the learning rate dropped and what that brought."""
+    # Who wins, and by how much
     first, *others = sorted(runs, key=lambda run: -run.best['val_accuracy'])
-    yield (f"{caution(runs)}{TITLES[first.config.model]} wins with {first.best['val_accuracy']:.2f} %" + ''.join(
-        f", {first.best['val_accuracy'] - run.best['val_accuracy']:.2f} points ahead of {TITLES[run.config.model]} "
-        f"({run.best['val_accuracy']:.2f} %)" for run in others) + ".")
+    accuracy = first.best['val_accuracy']
+    behind = [f", {accuracy - run.best['val_accuracy']:.2f} points ahead of {title(run)} "
+              f"({run.best['val_accuracy']:.2f} %)" for run in others]
+    yield f"{title(first)} wins with {accuracy:.2f} %{''.join(behind)}."
+    # Each of them, the best first
     for run in [first, *others]:
-        best, title = run.best, TITLES[run.config.model]
-        yield (f"{title} was best at epoch {best['epoch']:.0f} of {len(run.history)}, with {best['train_accuracy']:.2f} % on "
-               f"the augmented training images; it trained for {run.history[-1]['seconds'] / 60:.1f} minutes.")
+        best = run.best
+        changed = run.config.differences(Configuration(epochs=1))  # from the defaults, and the epochs always
+        options = [f'{flag(name)} {getattr(run.config, name)}' for name in changed]
+        yield (f"{title(run)} was best at epoch {best['epoch']:.0f} of {len(run.history)}, with "
+               f"{best['train_accuracy']:.2f} % on the augmented training images; it trained for "
+               f"{run.history[-1]['seconds'] / 60:.1f} minutes, with {', '.join(options)}.")
         for before, after in learning_rate_drops(run):
-            old, new = (max(row['val_accuracy'] for row in run.history if row['learning_rate'] == stage['learning_rate'])
-                        for stage in (before, after))
-            yield (f"{title}'s learning rate dropped to {after['learning_rate']:.2g} after epoch {before['epoch']:.0f}: its best "
-                   f"accuracy went from {old:.2f} % to {new:.2f} % ({new - old:+.2f} points).")
+            # The best accuracy at each of the two learning rates
+            old, new = (max(row['val_accuracy'] for row in run.history if row['learning_rate'] == rate)
+                        for rate in (before['learning_rate'], after['learning_rate']))
+            yield (f"{title(run)}'s learning rate dropped to {after['learning_rate']:.2g} after epoch "
+                   f"{before['epoch']:.0f}: its best accuracy went from {old:.2f} % to {new:.2f} % "
+                   f"({new - old:+.2f} points).")
 
 
-def table(rows, columns=COLUMNS):
-    """HTML of a table: a row for each list of cells, whose first one names the row."""
-    cells = [''.join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
-    return f"<table><tr><th></th><th>{'</th><th>'.join(columns)}</th></tr><tr>{'</tr><tr>'.join(cells)}</tr></table>"
+def html_table(columns, rows):
+    """HTML of a table from its columns' titles and a dict of rows by name."""
+    # A line of titles, then the rows, each behind its name
+    lines = [['', *columns], *([name, *cells] for name, cells in rows.items())]
+    cells = [''.join(f'<td>{escape(str(cell))}</td>' for cell in line) for line in lines]
+    return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
 
 
-def bullets(lines):
-    """HTML of a list."""
-    return '<ul>' + ''.join(f"<li>{html.escape(line)}</li>" for line in lines) + '</ul>'
-
-
-def picture(file):
+def html_picture(file):
     """HTML that holds a PNG file itself; nothing where there is none."""
-    data = base64.b64encode(file.read_bytes()).decode() if file.exists() else ''
-    return f"<figure><img src='data:image/png;base64,{data}'></figure>" if data else ''
+    if not file.exists():
+        return ''
+    data = base64.b64encode(file.read_bytes()).decode()
+    return f"<figure><img src='data:image/png;base64,{data}'></figure>"
 
 
 def search_section(trials):
-    """HTML on how the hyperparameters were found: a plot, and for each model its compute and a table of its trials."""
-    searches = [[run for run in trials if run.config.model == model] for model in SETTINGS]
-    searches = [sorted(some, key=lambda run: (-len(run.history), -run.best['val_accuracy'])) for some in searches if some]
-    if not searches:
-        return ''
-    plot_search(searches, RESULTS / 'search.png')
-    text = f"<h2>Search of the hyperparameters</h2>{picture(RESULTS / 'search.png')}"
-    for some in searches:
-        config, names = some[0].config, SEARCH[some[0].config.model]
-        minutes, machine = sum(run.history[-1]['seconds'] for run in some) / 60, some[0].machine
-        ended = "" if len(some[0].history) == config.epochs else ", and was broken off"
-        text += bullets([
-            f"{caution(some)}{TITLES[config.model]}: {len(some)} random trials of up to {config.epochs} epochs, chosen by "
-            f"{config.holdout:,} held-out training images, never by the test images; the better half went on after a quarter and "
-            f"a half. It took {minutes:.0f} minutes{ended} ({', '.join(f'{name} {value}' for name, value in machine.items())})."])
-        text += table([[run.folder.name, *(in_words(getattr(run.config, name)) for name in names), len(run.history),
-                        f"{run.best['val_accuracy']:.2f} %"] for run in some],
-                      [*(name.replace('_', ' ') for name in names), 'epochs', 'held-out accuracy'])
-    return text
+    """HTML on how a model's hyperparameters were found: a plot, the compute, and a table of the trials."""
+    trials = sorted(trials, key=lambda run: -run.best['val_accuracy'])
+    config, machine = trials[0].config, trials[0].machine
+    minutes = sum(run.history[-1]['seconds'] for run in trials) / 60
+    text = (f"{len(trials)} random trials of up to {config.epochs} epochs, chosen by {config.holdout:,} "
+            f"held-out training images, never by the test images. They took {minutes:.0f} minutes "
+            f"({', '.join(f'{name} {value}' for name, value in machine.items())}).")
+    # A row a trial, of what was sampled and what came out
+    names = SEARCH[config.model]
+    rows = {run.folder.name: [*(getattr(run.config, name) for name in names), len(run.history),
+                              f"{run.best['val_accuracy']:.2f} %"] for run in trials}
+    plot = RESULTS / f'search-{config.model}.png'
+    plot_search(trials, plot)
+    return (f"<h2>Search of the hyperparameters: {title(trials[0])}</h2><p>{text}</p>"
+            f"{html_table([*names, 'epochs', 'held-out accuracy'], rows)}{html_picture(plot)}")
 
 
 def write_report(runs):
-    """Write results/report.html, a single file with all of it and the runs' plots inside, from a list of runs."""
+    """Write results/report.html, a single file with the runs' figures inside, from a list of runs."""
     RESULTS.mkdir(exist_ok=True)
-    trials, runs = [run for run in runs if is_trial(run)], [run for run in runs if not is_trial(run)]
-    settings = {model: min((run for run in runs if run.config.model == model), default=None,  # on CIFAR-10, named like the model
-                           key=lambda run: (run.config.dataset != 'cifar10', run.folder.name != model, run.folder.name))
-                for model in SETTINGS}
-    rows = [[f"Setting #{number}", *(report_row(*alike(run, runs)) if run else [TITLES[model]] + [''] * 12)]
-            for number, (model, run) in enumerate(settings.items(), 1)]
-    own = [run for run in settings.values() if run]
-    others = [run for run in runs if not any(run in alike(first, runs) for first in own)]
-    if len(own) > 1:
+    searches = [[run for run in runs if is_trial(run) and run.config.model == model] for model in MODELS]
+    runs = [run for run in runs if not is_trial(run)]
+
+    # The slides' table, then the runs that it does not show
+    settings = {model: setting_runs(model, runs) for model in MODELS}
+    rows = {f'Setting #{number}': report_row(seeds) if seeds else [TITLES[model]] + [''] * 12
+            for number, (model, seeds) in enumerate(settings.items(), 1)}
+    shown = sum(settings.values(), [])
+    others = {run.folder.name: report_row([run]) for run in runs if run not in shown}
+
+    # Of several seeds the first one is plotted and summed up.
+    own = [seeds[0] for seeds in settings.values() if seeds]
+    if own:
         plot_accuracy(own, RESULTS / 'accuracy.png')
     winner = max(own, key=lambda run: run.best['val_accuracy']).folder if own else RESULTS
-    written = (RESULTS / 'summary.txt').read_text(encoding='utf-8') if (RESULTS / 'summary.txt').exists() else ''
-    more = f"<h2>Additional experiments</h2>{table([run.folder.name, *report_row(run)] for run in others)}" if others else ''
-    measured = f"<h2>How the accuracies were measured</h2>{table(map(protocol, runs), PROTOCOL)}" if runs else ''
-    write_whole(RESULTS / 'report.html', f"""{STYLE}
-<h1>{caution(own)}CIFAR-10 Evaluation Report</h1>
-{table(rows)}
+
+    # The summary: what a person wrote, then what the program computes
+    text = RESULTS / 'summary.txt'
+    paragraphs = text.read_text(encoding='utf-8').split('\n\n') if text.exists() else []
+    sentences = summary(own) if own else ["No run yet."]
+    synthetic = any(run.config.dataset != 'cifar10' for run in own)
+    atomic_write(RESULTS / 'report.html', f"""{STYLE}
+<h1>{'NOT CIFAR-10 (synthetic): ' if synthetic else ''}CIFAR-10 Evaluation Report</h1>
+{html_table(COLUMNS, rows)}
 <h2>Validation dataset accuracy plot</h2>
-<div class="row">{''.join(picture(run.folder / 'accuracy.png') if run else '<figure></figure>' for run in settings.values())}</div>
+<div class="row">{''.join(html_picture(run.folder / 'accuracy.png') for run in own)}</div>
 <h2>Summary [결과 정리]</h2>
-{''.join(f'<p>{html.escape(part)}</p>' for part in written.split(chr(10) * 2) if part.strip())}
-{bullets([*summary(own), *map(settings_beside, own)] if own else ["No run yet."])}
-<div class="row">{picture(RESULTS / 'accuracy.png') if len(own) > 1 else ''}{picture(winner / 'confusion.png')}</div>
-{picture(winner / 'mistakes.png')}{picture(winner / 'samples.png')}
-{measured}{search_section(trials)}{more}
+{''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs)}
+<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>
+<div class="row">{html_picture(RESULTS / 'accuracy.png')}{html_picture(winner / 'confusion.png')}</div>
+{html_picture(winner / 'mistakes.png')}{html_picture(winner / 'samples.png')}
+{'<h2>How the accuracies were measured</h2>' if runs else ''}
+{html_table(PROTOCOL, {run.folder.name: protocol_row(run) for run in runs}) if runs else ''}
+{''.join(search_section(search) for search in searches if search)}
+{'<h2>Additional experiments</h2>' + html_table(COLUMNS, others) if others else ''}
 </html>
 """.encode())
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Pictures and hand-in
+
+
 def read_picture(file):
-    """Any picture, of any depth and turned upright: its middle square as (3, 32, 32) uint8."""
-    pixels = imread(file)  # (H, W) or (H, W, 3 or 4); torchvision's decode_image can crash on damaged PNGs
-    pixels = pixels if pixels.dtype.kind == 'f' else pixels / np.iinfo(pixels.dtype).max
-    image = torch.from_numpy(np.atleast_3d(pixels)[..., :3]).permute(2, 0, 1).expand(3, -1, -1)
-    orientation = pil_loader(file).getexif().get(0x0112, 1)  # EXIF: 2, 4, 5 and 7 are mirrored, most are turned
-    image = image.flip(2) if orientation in (2, 4, 5, 7) else image
-    image = image.rot90({3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0), (1, 2))
-    return TF.resize(TF.center_crop(image, min(image.shape[1:])), [32, 32]).mul(255).round().byte()
+    """Any picture, turned upright: its middle square as (3, 32, 32) uint8."""
+    with Image.open(file) as image:
+        if image.mode.startswith('I'):  # 16 bits a channel
+            image = image.point(lambda value: value / 256, 'L')
+        # Upright, then the middle square
+        image = ImageOps.exif_transpose(image).convert('RGB')
+        return pil_to_tensor(ImageOps.fit(image, (32, 32)))
 
 
 def predict_pictures(files, run, device):
-    """Print the class of each picture and its probability, by a run's best weights; unreadable files are named."""
-    model = build_model(run.config)
-    load_weights(model, run.folder / 'best.pt')
+    """Print the class of each picture and its probability, by a run's best weights."""
+    model = load_best(run, device)
     for file in files:
         try:
             image = read_picture(file).to(device)
         except Exception as error:  # whatever a damaged file makes the decoders raise
             print(f"{file}: not a picture that can be read ({type(error).__name__})")
             continue
-        probability, label = predict(model.to(device), image[None])[0].softmax(0).max(0)
-        print(f"{file}: {caution([run])}{CLASS_NAMES[run.config.dataset][label]}, {probability:.1%} sure ({run.folder.name})")
+        probability, label = predict(model, image[None])[0].softmax(0).max(0)
+        print(f"{file}: {CLASSES[run.config.dataset][label]}, {probability:.1%} sure "
+              f"({title(run)}: {run.folder.name})")
 
 
 def evaluate_weights(options, device):
     """Print the accuracy of --weights on the validation images."""
-    check('--model', options.model, tuple(SETTINGS))
-    check('--dataset', options.dataset, tuple(CLASS_NAMES))
     saved = load_file(options.weights, "give a file that torch.save(model.state_dict(), FILE) wrote")
-    own = saved.get('configuration') if isinstance(saved, dict) else None  # what CIFAR10_train.py keeps; else the slides' network
-    model = build_model(Configuration(**own) if own and own['model'] == options.model else Configuration(options.model))
-    load_weights(model, options.weights)
+    # Our own files tell which network it is; others are taken to hold that of the slides.
+    record = saved.get('configuration', {}) if isinstance(saved, dict) else {}
+    model = build_model(Configuration.from_record({**record, 'model': options.model}), device)
+    load_weights(model, saved, options.weights)
+    # The validation images of the slides
     _, data = data_load(options.dataset, options.data_dir, device=device, urls=options.data_url)
-    print(f"{options.weights}: {evaluate(model.to(device), data)[1]:.2f} % of the {len(data):,} validation images"
-          + (" (synthetic, NOT CIFAR-10)" if options.dataset != 'cifar10' else ""))
+    print(f"{options.weights}: {evaluate(model, data)[1]:.2f} % of the {len(data):,} validation images of "
+          f"{options.dataset}")
 
 
 def submit(name):
-    """Write <name>.zip in the current folder: the whole code and the report. Raises UserError where it exists."""
-    check_name('--submit', name)
+    """Write <name>.zip with the whole code and the report. Raises UserError where it exists."""
     root, file = Path(__file__).parent, Path(f'{name}.zip')
     if file.exists():
         raise UserError(f"{file} is there already: move it away, or submit under another name.")
     with zipfile.ZipFile(file, 'x', zipfile.ZIP_DEFLATED) as archive:
-        parts = (root.glob(pattern) for pattern in ('*.py', '*.md', '*.txt', 'dataset/*.py', 'tests/*.py'))
-        for part in sorted(part for some in parts for part in some):
-            archive.write(part, Path(name) / part.relative_to(root))
-        archive.write(RESULTS / 'report.html', Path(name) / 'report.html')
+        # In a folder of that name
+        for pattern in ('*.py', '*.md', '*.txt', 'dataset/*.py', 'tests/*.py'):
+            for part in sorted(root.glob(pattern)):
+                archive.write(part, name / part.relative_to(root))
+        archive.write(RESULTS / 'report.html', Path(name, 'report.html'))
     print(f"{file} holds the code and the report.")
 
 
+# ----------------------------------------------------------------------------------------------------------
+# The command
+
+
 def main(arguments=None):
-    parser = Parser("Write the plots and the report of the runs in results/, or evaluate weights, or classify pictures.")
-    parser.add_argument('--name', help="recompute and draw only this run; with --predict: ask this run, not the best one")
-    parser.add_argument('--model', help=f"the setting that --weights belongs to: {', '.join(SETTINGS)}")
-    parser.add_argument('--weights', type=Path, metavar='FILE', help="print the accuracy of these weights")
-    parser.add_argument('--dataset', default='cifar10', help="images for --weights: cifar10 (default) or synthetic")
+    parser = Parser("Write the figures and the report of the runs in results/.")
+    parser.add_argument('--name', help="evaluate this run only, or ask it with --predict")
+    parser.add_argument('--weights', metavar='FILE', help="print the accuracy of these weights")
+    parser.add_argument('--model', choices=MODELS, default='resnet32', help="the network of --weights")
+    parser.add_argument('--dataset', choices=CLASSES, default='cifar10', help="the images for --weights")
     parser.add_argument('--predict', nargs='+', metavar='FILE', help="print the class of each picture")
-    parser.add_argument('--submit', metavar='StudentID_Name', help="write StudentID_Name.zip with the code and the report")
+    parser.add_argument('--submit', type=run_name, metavar='StudentID_Name', help="write a zip to hand in")
     options = parser.parse_args(arguments)
-    device = choose_device('auto')
+    device = choose_device()
     if options.weights:
         return evaluate_weights(options, device)
 
+    # The runs asked for: the named one, or all but a search's trials, which were there to choose only
     runs = read_runs()
-    asked = [run for run in runs if run.folder.name == options.name or not options.name and not is_trial(run)]  # a trial only chose
+    asked = [run for run in runs if (run.folder.name == options.name if options.name else not is_trial(run))]
     trained = [run for run in asked if (run.folder / 'best.pt').exists()]
     if not trained and (options.name or options.predict):
-        raise UserError(f"No run {options.name or ''} with weights is in {RESULTS}: train one, or see --help.")
+        raise UserError(f"No run {options.name or ''} with weights is in {RESULTS}: train one first.")
     if options.predict:
-        return predict_pictures(options.predict, max(trained, key=lambda run: run.best['val_accuracy']), device)
+        best = max(trained, key=lambda run: run.best['val_accuracy'])
+        return predict_pictures(options.predict, best, device)
+
+    # Figures and accuracies of each run, then the report
     for run in asked:
         plot_accuracy([run], run.folder / 'accuracy.png')
     for run in trained:
         try:
-            found = examine(run, options.data_dir, device)
-            print(f"{run.folder.name}: {found['accuracy']:.2f} % recomputed, {run.best['val_accuracy']:.2f} % recorded.")
+            evaluate_run(run, options.data_dir, device)
         except UserError as error:
             print(f"{run.folder.name} was not recomputed. {error}")
     write_report(runs)

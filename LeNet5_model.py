@@ -1,22 +1,22 @@
-"""LeNet-5 as drawn on the slides (LeCun et al. 1998, "Gradient-Based Learning Applied to Document Recognition")."""
+"""LeNet-5 (LeCun et al. 1998, "Gradient-Based Learning Applied to Document Recognition") as on the slides."""
 import torch.nn as nn
 import torch.nn.functional as F
 
-from MLP_model import ACTIVATIONS, initialize, widening
+from MLP_model import ACTIVATIONS, initialize
 
 
 class LeNet5_model(nn.Module):
-    """Two convolutions, three fully connected layers, 62,006 parameters; images (N, 3, 32, 32) -> logits (N, 10).
+    """Two convolutions and three linear layers, 62,006 parameters; images (N, 3, 32, 32) -> logits (N, 10).
 
-    The activations of the slides never fall as their input rises, so the largest of four activations is the activation of the
-    largest value: pooling before the activation, as in LeCun et al. 1998, gives the same and takes a quarter of the work.
+    The slides' activations never fall as their input rises, so the largest of four activations is that of the
+    largest value: pooling first, as in LeCun et al. 1998, gives the same for a quarter of the work.
     """
 
     def __init__(self, activation='relu', initialization='he_normal'):
         super().__init__()
-        k = widening(activation)
-        self.conv1 = nn.Conv2d(3, 6 * k, kernel_size=5)    # [3, 32, 32] -> [6, 28, 28]
-        self.conv2 = nn.Conv2d(6, 16 * k, kernel_size=5)   # [6, 14, 14] -> [16, 10, 10]
+        k = 2 if activation == 'maxout' else 1  # inputs of the activation for each output
+        self.conv1 = nn.Conv2d(3, 6 * k, kernel_size=5)
+        self.conv2 = nn.Conv2d(6, 16 * k, kernel_size=5)
         self.fc1 = nn.Linear(16 * 5 * 5, 120 * k)
         self.fc2 = nn.Linear(120, 84 * k)
         self.fc3 = nn.Linear(84, 10)
@@ -24,9 +24,11 @@ class LeNet5_model(nn.Module):
         initialize(self, initialization)
 
     def forward(self, x):
-        x = self.activation(F.max_pool2d(self.conv1(x), 2))  # [6, 28, 28] -> [6, 14, 14]
-        x = self.activation(F.max_pool2d(self.conv2(x), 2))  # [16, 10, 10] -> [16, 5, 5]
-        x = x.flatten(1)
-        x = self.activation(self.fc1(x))
+        # [3, 32, 32] -> [6, 28, 28] -> [6, 14, 14]
+        x = self.activation(F.max_pool2d(self.conv1(x), 2))
+        # [6, 14, 14] -> [16, 10, 10] -> [16, 5, 5]
+        x = self.activation(F.max_pool2d(self.conv2(x), 2))
+
+        x = self.activation(self.fc1(x.flatten(1)))
         x = self.activation(self.fc2(x))
         return self.fc3(x)

@@ -1,10 +1,13 @@
-"""ResNet-32 for CIFAR-10 (He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2)."""
+"""ResNet-32 for CIFAR-10 (He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2).
+
+X1 to X10 are the values that the slides leave open.
+"""
 import torch.nn as nn
 import torch.nn.functional as F
 
 
 class IdentityPadding(nn.Module):
-    """Parameter-free shortcut where the shape changes: subsample in space, pad new channels with zeros (option A).
+    """Shortcut where the shape changes, without parameters (option A): fewer pixels, and channels of zeros.
 
     (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)
     """
@@ -15,9 +18,8 @@ class IdentityPadding(nn.Module):
         self.add_channels = out_channels - in_channels
 
     def forward(self, x):
-        x = F.pad(x, [0, 0, 0, 0, 0, self.add_channels])
-        x = self.pooling(x)
-        return x
+        # Pooling first gives the same as padding first, and pools no zeros.
+        return F.pad(self.pooling(x), [0, 0, 0, 0, 0, self.add_channels])
 
 
 class ResidualBlock(nn.Module):
@@ -28,10 +30,18 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, stride=1, down_sample=False):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, out_channels,
+                               kernel_size=3,   # X1
+                               stride=stride,   # X2
+                               padding=1,       # X3
+                               bias=False)      # batch norm adds its own
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(out_channels, out_channels,
+                               kernel_size=3,   # X4
+                               stride=1,        # X5
+                               padding=1,       # X6
+                               bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
         self.down_sample = IdentityPadding(in_channels, out_channels, stride) if down_sample else None
@@ -59,14 +69,22 @@ class ResNet(nn.Module):
     def __init__(self, num_layers, block, num_classes=10):
         super().__init__()
         self.num_layers = num_layers
-        self.conv1 = nn.Conv2d(in_channels=3, out_channels=16, kernel_size=3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels=3,    # X7: red, green, blue
+                               out_channels=16,  # X8
+                               kernel_size=3,    # X9
+                               padding=1,        # X10
+                               bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
 
-        self.layers_2n = self.get_layers(block, 16, 16, stride=1)  # feature maps [16, 32, 32]
-        self.layers_4n = self.get_layers(block, 16, 32, stride=2)  # feature maps [32, 16, 16]
-        self.layers_6n = self.get_layers(block, 32, 64, stride=2)  # feature maps [64, 8, 8]
+        # feature map size = [16, 32, 32]
+        self.layers_2n = self.get_layers(block, 16, 16, stride=1)
+        # feature map size = [32, 16, 16]
+        self.layers_4n = self.get_layers(block, 16, 32, stride=2)
+        # feature map size = [64, 8, 8]
+        self.layers_6n = self.get_layers(block, 32, 64, stride=2)
 
+        # output layers
         self.pool = nn.AvgPool2d(8, stride=1)
         self.fc_out = nn.Linear(64, num_classes)
 
@@ -80,7 +98,8 @@ class ResNet(nn.Module):
     def get_layers(self, block, in_channels, out_channels, stride):
         """num_layers blocks in a row; the first one changes the shape where stride is 2."""
         layers_list = [block(in_channels, out_channels, stride, down_sample=stride == 2)]
-        layers_list += [block(out_channels, out_channels) for _ in range(self.num_layers - 1)]
+        for _ in range(self.num_layers - 1):
+            layers_list.append(block(out_channels, out_channels))
         return nn.Sequential(*layers_list)
 
     def forward(self, x):
@@ -97,5 +116,5 @@ class ResNet(nn.Module):
 
 
 def ResNet32_model():
-    """ResNet-32, 464,154 parameters: 3 groups of 5 residual blocks of 2 convolutions, one before, one layer after."""
+    """ResNet-32: a convolution, 3 groups of 5 blocks of 2, a linear layer; 464,154 parameters."""
     return ResNet(5, ResidualBlock)

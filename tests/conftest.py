@@ -1,9 +1,12 @@
-"""What several tests share: the scripts run as a user runs them, and two short runs on the synthetic images."""
+"""What several tests share: scripts run as a user runs them, runs that are killed, small data, short runs."""
+
 import contextlib
+import csv
 import gc
 import hashlib
 import importlib
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -12,46 +15,141 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from torchvision.datasets import CIFAR10
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from CIFAR10_configuration import run_script  # noqa: E402
+from dataset import download, synthetic  # noqa: E402
 
 
-@pytest.fixture(scope='session')
-def process():
-    """Call process(folder, 'CIFAR10_train.py', *options): runs it in that folder as a user does; returns the finished process."""
-    def call(folder, name, *options):
-        return subprocess.run([sys.executable, ROOT / name, *map(str, options)], cwd=folder, text=True, encoding='utf-8',
-                              stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
-    return call
+def rows(folder):
+    """The rows of a run's history.csv, as dicts of texts."""
+    with open(folder / 'history.csv', newline='') as file:
+        return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope='session')
-def script():
+def process(folder, name, *options):
+    """Run a script in a folder as a user does; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, ROOT / name, *map(str, options)],
+        cwd=folder,
+        text=True,
+        encoding='utf-8',
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=600,
+    )
+
+
+def script(folder, name, *options):
     """The same within this process, for a new one takes seconds to import PyTorch."""
-    def call(folder, name, *options):
-        module, output, errors = importlib.import_module(Path(name).stem), io.StringIO(), io.StringIO()
-        code = 0
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            patch.chdir(folder)
-            patch.setattr(sys, 'argv', [name, *map(str, options)])
-            try:
-                run_script(module.main)
-            except SystemExit as end:
-                code = end.code
-        gc.collect()  # a refused run's lock ends with its objects here, with its process else
-        return subprocess.CompletedProcess(sys.argv, code, output.getvalue(), errors.getvalue())
-    return call
+    module, output, errors = importlib.import_module(Path(name).stem), io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        patch.chdir(folder)
+        patch.setattr(sys, 'argv', [name, *map(str, options)])
+        try:
+            run_script(module.main)
+        except SystemExit as end:
+            code = end.code
+    gc.collect()  # a refused run's lock ends with its objects here, with its process else
+    return subprocess.CompletedProcess(sys.argv, code, output.getvalue(), errors.getvalue())
+
+
+class Killed(BaseException):
+    """Ends a training where it stands, as a kill does: nothing in the program catches it."""
+
+
+def killed(moment, folder, *options):
+    """Train, and be killed at that moment: a step's or a validation's loss, a write's flush or its renaming.
+
+    Returns whether it was killed; a moment after the end lets the training finish. It is not evaluated.
+    """
+    left = moment
+
+    def dies(function):
+        def call(*arguments, **keywords):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return function(*arguments, **keywords)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((F, 'cross_entropy'), (os, 'fsync'), (os, 'replace')):
+            patch.setattr(module, name, dies(getattr(module, name)))
+        patch.setattr('CIFAR10_evaluation.main', lambda _: None)
+        try:
+            done = script(folder, 'CIFAR10_train.py', *options)
+        except Killed:
+            gc.collect()
+            return True
+        assert done.returncode == 0, done.stderr
+        return False
+
+
+def assert_same_run(a, b):
+    """Two runs' folders hold the same weights, momentum and history, to the last bit, but for the seconds."""
+    states = []
+    for folder in a, b:
+        last, best = (torch.load(folder / name, weights_only=True) for name in ('last.pt', 'best.pt'))
+        tensors = {
+            **last['model'],
+            **{f'best {name}': tensor for name, tensor in best['model_state_dict'].items()},
+        }
+        for number, state in last['optimizer']['state'].items():
+            tensors.update(
+                {f'{number} {name}': torch.as_tensor(v) for name, v in state.items() if v is not None}
+            )
+        states.append((tensors, best['epoch'], [{**row, 'seconds': None} for row in rows(folder)]))
+    (tensors, *others), (tensors_b, *others_b) = states
+    assert others == others_b and tensors.keys() == tensors_b.keys()
+    for name in tensors:
+        assert torch.equal(tensors[name], tensors_b[name]), name
+
+
+def use_few_images(patch):
+    """100 synthetic images each to train and to validate, where more prove nothing."""
+    sets = {train: tuple(tensor[:100] for tensor in synthetic.generate(train)) for train in (True, False)}
+    patch.setattr(synthetic, 'generate', sets.get)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    use_few_images(monkeypatch)
 
 
 @pytest.fixture(scope='session')
-def trained(script, tmp_path_factory):
-    """A folder in which all three settings were trained for two epochs each on the synthetic images, and the output."""
+def trained(tmp_path_factory):
+    """A folder in which all three settings were trained for two epochs on synthetic images, and the output.
+
+    ResNet-32 saw 100 of them only, as it takes its time.
+    """
     folder, output = tmp_path_factory.mktemp('trained'), {}
-    for model, options in dict(mlp=['--hidden', 64], lenet5=[], resnet32=['--batch-size', 256]).items():
-        done = script(folder, 'CIFAR10_train.py', '--model', model, '--dataset', 'synthetic', '--epochs', 2, *options)
+    for model, options in dict(mlp=['--hidden', 64], lenet5=[], resnet32=['--batch-size', 10]).items():
+        with pytest.MonkeyPatch.context() as patch:
+            if model == 'resnet32':
+                use_few_images(patch)
+            done = script(
+                folder,
+                'CIFAR10_train.py',
+                '--model',
+                model,
+                '--dataset',
+                'synthetic',
+                '--epochs',
+                2,
+                *options,
+            )
         assert done.returncode == 0, done.stderr
         output[model] = done.stdout
     return folder, output
@@ -59,12 +157,14 @@ def trained(script, tmp_path_factory):
 
 @pytest.fixture
 def small_cifar10(tmp_path, monkeypatch):
-    """A folder with batch files of CIFAR-10's form but 20 images each, and their archive; their sums replace the official."""
-    from dataset import download
+    """A folder with batch files like CIFAR-10's but of 20 images, and their archive, taken as official."""
     folder, rng = tmp_path / 'images' / 'cifar-10-batches-py', np.random.default_rng(0)
     folder.mkdir(parents=True)
     for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
-        batch = {'data': rng.integers(0, 256, (20, 3072), dtype=np.uint8), 'labels': [i % 10 for i in range(20)]}
+        batch = {
+            'data': rng.integers(0, 256, (20, 3072), dtype=np.uint8),
+            'labels': [i % 10 for i in range(20)],
+        }
         (folder / name).write_bytes(pickle.dumps(batch))
     (folder / 'batches.meta').write_bytes(pickle.dumps({'label_names': list('abcdefghij')}))
     archive = folder.parent / download.ARCHIVE
@@ -75,9 +175,10 @@ def small_cifar10(tmp_path, monkeypatch):
         return hashlib.md5(file.read_bytes()).hexdigest()
 
     for attribute in ('train_list', 'test_list'):
-        monkeypatch.setattr(CIFAR10, attribute, [[name, md5(folder / name)] for name, _ in getattr(CIFAR10, attribute)])
+        monkeypatch.setattr(
+            CIFAR10, attribute, [[name, md5(folder / name)] for name, _ in getattr(CIFAR10, attribute)]
+        )
     monkeypatch.setattr(CIFAR10, 'meta', {**CIFAR10.meta, 'md5': md5(folder / 'batches.meta')})
     monkeypatch.setattr(CIFAR10, 'tgz_md5', md5(archive))
     monkeypatch.setattr(download, 'SIZE', archive.stat().st_size)
-    monkeypatch.setattr(download, 'SHA256', hashlib.sha256(archive.read_bytes()).hexdigest())
     return folder.parent

@@ -1,4 +1,5 @@
 """Images and augmentation against torchvision's own transforms, and what the synthetic images promise."""
+
 import os
 
 import numpy as np
@@ -17,8 +18,10 @@ def test_augmented_batch_equals_torchvision_pixel_for_pixel():
     images = torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8)
     offsets, flips = torch.randint(0, 9, (200, 2)), torch.rand(200) < 0.5
     batch = normalize(crop_and_flip(images, offsets, flips))
-    slides = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))])
-    for image, (top, left), flip, ours in zip(images, offsets.tolist(), flips, batch):
+    slides = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))]
+    )
+    for image, (top, left), flip, ours in zip(images, offsets.tolist(), flips, batch, strict=False):
         image = TF.crop(TF.pad(TF.to_pil_image(image), 4), top, left, 32, 32)
         assert torch.equal(slides(TF.hflip(image) if flip else image), ours)
 
@@ -26,14 +29,18 @@ def test_augmented_batch_equals_torchvision_pixel_for_pixel():
 def test_validation_images_equal_torchvision():
     images = torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8)
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    assert torch.equal(normalize(images), torch.stack([to_tensor(TF.to_pil_image(image)) for image in images]))
+    assert torch.equal(
+        normalize(images), torch.stack([to_tensor(TF.to_pil_image(image)) for image in images])
+    )
 
 
 @pytest.fixture(scope='module')
 def epoch():
-    """An epoch over 16,200 copies of one image of which every crop and flip differs: number in it, and what was drawn."""
+    """An epoch over 16,200 copies of an image all of whose crops and flips differ: the draws, the order."""
     image = torch.arange(1, 1025).view(32, 32) % 251 + 1
-    image = torch.stack([image, torch.arange(32).expand(32, 32) + 1, torch.arange(32).view(-1, 1).expand(32, 32) + 1])
+    image = torch.stack(
+        [image, torch.arange(32).expand(32, 32) + 1, torch.arange(32).view(-1, 1).expand(32, 32) + 1]
+    )
     data = TensorDataset(image.byte().expand(16_200, -1, -1, -1), torch.arange(16_200))
     versions = {}
     for top in range(9):
@@ -75,7 +82,10 @@ def test_holdout_is_balanced_disjoint_and_decided_by_the_seed():
     train, held = data_load('synthetic', holdout=500, seed=1)
     assert held.tensors[1].bincount().tolist() == [50] * 10 and len(train) == 4500
     both = torch.cat([train.tensors[0], held.tensors[0]]).flatten(1).double() @ torch.arange(3072).double()
-    assert torch.equal(both.sort().values, (everything.tensors[0].flatten(1).double() @ torch.arange(3072).double()).sort().values)
+    assert torch.equal(
+        both.sort().values,
+        (everything.tensors[0].flatten(1).double() @ torch.arange(3072).double()).sort().values,
+    )
     assert torch.equal(held.tensors[0], data_load('synthetic', holdout=500, seed=1)[1].tensors[0])
     assert not torch.equal(held.tensors[0], data_load('synthetic', holdout=500, seed=2)[1].tensors[0])
     with pytest.raises(UserError, match='holdout 5000'):
@@ -105,7 +115,9 @@ def test_cifar10_is_read_as_torchvision_reads_it(small_cifar10):
     assert torch.equal(train[37][0], TF.pil_to_tensor(image)) and train[37][1] == label
 
 
-@pytest.mark.skipif('CIFAR10_DIR' not in os.environ, reason="set CIFAR10_DIR to the folder of the real images")
+@pytest.mark.skipif(
+    'CIFAR10_DIR' not in os.environ, reason="set CIFAR10_DIR to the folder of the real images"
+)
 def test_real_cifar10_has_the_slides_sizes():
     train, val = data_load('cifar10', os.environ['CIFAR10_DIR'], urls=())
     assert train.tensors[0].shape == (50_000, 3, 32, 32) and val.tensors[0].shape == (10_000, 3, 32, 32)

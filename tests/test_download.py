@@ -1,10 +1,12 @@
-"""The images arrive: from the user's archive without network, else from HTTP servers that behave as servers do."""
+"""The images arrive, from the user's archive without network, else from servers that behave as servers do."""
+
 import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import script
 
 from CIFAR10_configuration import UserError
 from dataset import data_load, download
@@ -12,7 +14,7 @@ from dataset import data_load, download
 
 @pytest.fixture
 def server(small_cifar10, monkeypatch):
-    """A real server on loopback whose paths behave well or badly, and an empty folder; .asked lists the requests."""
+    """A server on loopback with good and bad paths, and an empty folder; .asked lists the requests."""
     data = (small_cifar10 / download.ARCHIVE).read_bytes()
     stop = threading.Event()
 
@@ -37,7 +39,9 @@ def server(small_cifar10, monkeypatch):
             start = int(self.headers.get('Range', 'bytes=0-')[6:-1])
             if self.path == '/good':
                 if start:
-                    return self.reply(data[start:], 206, Content_Range=f'bytes {start}-{len(data) - 1}/{len(data)}')
+                    return self.reply(
+                        data[start:], 206, Content_Range=f'bytes {start}-{len(data) - 1}/{len(data)}'
+                    )
                 return self.reply(data)
             if self.path == '/moved':
                 return self.reply(b'', 302, Location='/good')
@@ -67,7 +71,12 @@ def server(small_cifar10, monkeypatch):
 
     monkeypatch.setattr(download, 'STALLED', 0.5)
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    server.daemon_threads, server.asked, server.folder, server.data = True, [], small_cifar10.parent / 'empty', data
+    server.daemon_threads, server.asked, server.folder, server.data = (
+        True,
+        [],
+        small_cifar10.parent / 'empty',
+        data,
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.urls = lambda *paths: [f'http://127.0.0.1:{server.server_address[1]}/{path}' for path in paths]
     yield server
@@ -82,27 +91,53 @@ def test_a_good_server_delivers(path, server):
     assert not list(server.folder.glob('*.part'))
 
 
-@pytest.mark.parametrize('path', ['404', '503', 'html', 'wrong', 'endless', 'truncated', 'wrong_range', 'stalling', 'slow', 'gone'])
+@pytest.mark.parametrize(
+    'path', ['404', '503', 'html', 'wrong', 'endless', 'truncated', 'wrong_range', 'stalling', 'slow', 'gone']
+)
 def test_a_bad_server_is_given_up_for_the_next(path, server, capsys):
     began = time.monotonic()
-    assert len(data_load('cifar10', server.folder, urls=['http://127.0.0.1:9/closed', *server.urls(path, 'good')])[0]) == 100
+    assert (
+        len(
+            data_load(
+                'cifar10', server.folder, urls=['http://127.0.0.1:9/closed', *server.urls(path, 'good')]
+            )[0]
+        )
+        == 100
+    )
     assert time.monotonic() - began < 10 and capsys.readouterr().out.count('No images from') == 2
 
 
 @pytest.mark.parametrize('following', ['good', 'no_ranges', 'wrong_range'])
-def test_a_partial_file_is_continued_where_the_server_allows_and_never_taken_for_a_whole_one(following, server):
+def test_a_partial_file_is_continued_where_the_server_allows_and_never_taken_for_a_whole_one(
+    following, server
+):
     with pytest.raises(UserError, match='no server gave it'):
         data_load('cifar10', server.folder, urls=server.urls('truncated'))
-    assert not (server.folder / download.ARCHIVE).exists() and next(server.folder.glob('*.part')).stat().st_size == 5000
+    assert (
+        not (server.folder / download.ARCHIVE).exists()
+        and next(server.folder.glob('*.part')).stat().st_size == 5000
+    )
     data_load('cifar10', server.folder, urls=server.urls(following, 'good'))
     assert server.asked[1] == (f'/{following}', 'bytes=5000-')
     assert (server.folder / download.ARCHIVE).read_bytes() == server.data
 
 
-def test_without_any_good_server_one_sentence_says_what_to_do(server, script):
-    done = script(server.folder.parent, 'CIFAR10_train.py', '--model', 'mlp', '--data-dir', 'nothing', '--data-url',
-                  *server.urls('404', 'html'))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stdout.count('No images from') == 2
+def test_without_any_good_server_one_sentence_says_what_to_do(server):
+    done = script(
+        server.folder.parent,
+        'CIFAR10_train.py',
+        '--model',
+        'mlp',
+        '--data-dir',
+        'nothing',
+        '--data-url',
+        *server.urls('404', 'html'),
+    )
+    assert (
+        done.returncode == 2
+        and len(done.stderr.splitlines()) == 1
+        and done.stdout.count('No images from') == 2
+    )
     assert 'cifar-10-python.tar.gz' in done.stderr and '--dataset synthetic' in done.stderr
 
 

@@ -1,4 +1,5 @@
 """The networks against the slides' shapes, published parameter counts and formulas written out by hand."""
+
 import math
 
 import pytest
@@ -15,7 +16,7 @@ def parameters(model):
 
 
 def test_parameter_counts_are_the_published_ones():
-    assert parameters(ResNet32_model()) == 464_154   # 0.46 million in table 6 of He et al. 2016
+    assert parameters(ResNet32_model()) == 464_154  # 0.46 million in table 6 of He et al. 2016
     assert parameters(LeNet5_model()) == 62_006
     assert parameters(MLP_model((1024, 512))) == (3072 + 1) * 1024 + (1024 + 1) * 512 + (512 + 1) * 10
     assert parameters(ResNet(3, ResidualBlock)) == 269_722  # ResNet-20, 0.27 million in the same table
@@ -25,12 +26,27 @@ def test_parameter_counts_are_the_published_ones():
 def test_resnet32_has_the_slides_layers_and_feature_maps():
     model, shapes = ResNet32_model(), {}
     assert [name for name, _ in model.named_children()] == [
-        'conv1', 'bn1', 'relu', 'layers_2n', 'layers_4n', 'layers_6n', 'pool', 'fc_out']
+        'conv1',
+        'bn1',
+        'relu',
+        'layers_2n',
+        'layers_4n',
+        'layers_6n',
+        'pool',
+        'fc_out',
+    ]
     for name, layer in model.named_children():
-        layer.register_forward_hook(lambda _, __, output, name=name: shapes.__setitem__(name, tuple(output.shape[1:])))
+        layer.register_forward_hook(
+            lambda _, __, output, name=name: shapes.__setitem__(name, tuple(output.shape[1:]))
+        )
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert [shapes[name] for name in ('conv1', 'layers_2n', 'layers_4n', 'layers_6n', 'pool')] == [
-        (16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8), (64, 1, 1)]
+        (16, 32, 32),
+        (16, 32, 32),
+        (32, 16, 16),
+        (64, 8, 8),
+        (64, 1, 1),
+    ]
 
 
 def test_identity_padding_keeps_every_second_pixel_and_adds_zero_channels():
@@ -53,8 +69,13 @@ def test_residual_block_is_relu_of_shortcut_plus_two_convolutions(channels, stri
     torch.testing.assert_close(block(x), F.relu(y + shortcut))
 
 
-FORMULAS = {'sigmoid': lambda x: 1 / (1 + math.exp(-x)), 'tanh': math.tanh, 'relu': lambda x: max(0, x),
-            'leaky_relu': lambda x: max(0.1 * x, x), 'elu': lambda x: x if x >= 0 else math.exp(x) - 1}
+FORMULAS = {
+    'sigmoid': lambda x: 1 / (1 + math.exp(-x)),
+    'tanh': math.tanh,
+    'relu': lambda x: max(0, x),
+    'leaky_relu': lambda x: max(0.1 * x, x),
+    'elu': lambda x: x if x >= 0 else math.exp(x) - 1,
+}
 
 
 @pytest.mark.parametrize('name', FORMULAS)
@@ -96,7 +117,7 @@ def test_batch_norm_of_an_mlp_comes_before_the_activation():
 def test_initialization_has_the_slides_standard_deviation(name, variance):
     torch.manual_seed(0)
     weight = MLP_model((1024,), initialization=name).layers[1].weight
-    assert weight.std().item() == pytest.approx(variance ** 0.5, rel=0.01)
+    assert weight.std().item() == pytest.approx(variance**0.5, rel=0.01)
     assert abs(weight.mean().item()) < 1e-4
 
 

@@ -1,24 +1,47 @@
-"""A training run: what it prints, what it leaves in results/, and the parts of the loop against PyTorch's own."""
-import csv
+"""A training run: what it prints and leaves in results/, and the parts of the loop against PyTorch's own."""
+
+import copy
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
+from conftest import rows, script
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
 
-from CIFAR10_configuration import HISTORY, SETTINGS
-from CIFAR10_train import (accelerate, average, build_model, build_optimizer, is_finished, learning_rate, load_weights, predict,
-                           restrict_weights, train_epoch)
+from CIFAR10_configuration import HISTORY, SEARCH, SETTINGS, Configuration
+from CIFAR10_evaluation import build_model, evaluate, load_file, load_weights, predict
+from CIFAR10_train import (
+    apply_max_norm,
+    build_optimizer,
+    get_learning_rate,
+    sample_trial,
+    should_stop,
+    train_epoch,
+)
 from dataset import data_load, training_batches
 
+CPU = torch.device('cpu')
+FLOAT32 = torch.autocast('cpu', enabled=False)
+BF16 = torch.autocast('cpu', torch.bfloat16)
 
-def rows(folder):
-    with open(folder / 'history.csv', newline='') as file:
-        return list(csv.DictReader(file))
+
+def first(images):
+    """The first images of the synthetic training set."""
+    return TensorDataset(*data_load('synthetic')[0][:images])
 
 
-def fresh(epoch=0):
-    return dict(epoch=epoch, step=0, loss_sum=0.0, correct=0)
+class InDouble(torch.nn.Module):
+    """A model in double precision, for batch norm soon magnifies the roundings of single precision."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model.double()
+
+    def forward(self, images):
+        return self.model(images.double())
 
 
 @pytest.mark.parametrize('model', SETTINGS)
@@ -32,8 +55,19 @@ def test_a_run_leaves_its_record_and_says_what_it_did(model, trained):
     best = max(history, key=lambda row: float(row['val_accuracy']))
     saved = torch.load(folder / 'best.pt', weights_only=True)
     assert saved['epoch'] == float(best['epoch'])
-    for text in ('GPU available:', 'Device:', 'NOT CIFAR-10', 'Training images: 5,000', 'Validation images: 1,000', '[3, 32, 32]',
-                 'epoch 2/2', f"{float(best['val_accuracy']):.2f} %", str(folder.relative_to(trained[0])), 'report.html'):
+    sizes = ('100', '100') if model == 'resnet32' else ('5,000', '1,000')
+    for text in (
+        'GPU available:',
+        'Device:',
+        'NOT CIFAR-10',
+        f'Training images: {sizes[0]}',
+        f'Validation images: {sizes[1]}',
+        '[3, 32, 32]',
+        'epoch 2/2',
+        f"{float(best['val_accuracy']):.2f} %",
+        str(folder.relative_to(trained[0])),
+        'report.html',
+    ):
         assert text in output
     assert '\r' not in output
     for name in ('accuracy', 'confusion', 'samples'):
@@ -41,83 +75,154 @@ def test_a_run_leaves_its_record_and_says_what_it_did(model, trained):
 
 
 def test_best_weights_give_the_recorded_accuracy_again(trained):
-    folder = trained[0] / 'results' / 'lenet5'
-    model = build_model(SETTINGS['lenet5'])
-    load_weights(model, folder / 'best.pt')
+    file = trained[0] / 'results' / 'lenet5' / 'best.pt'
+    model = build_model(SETTINGS['lenet5'], CPU)
+    load_weights(model, load_file(file, ''), file)
     images, labels = data_load('synthetic')[1].tensors
     accuracy = (predict(model, images).argmax(1) == labels).float().mean().item() * 100
-    assert accuracy == pytest.approx(max(float(row['val_accuracy']) for row in rows(folder)))
+    assert accuracy == pytest.approx(max(float(row['val_accuracy']) for row in rows(file.parent)))
 
 
-def test_training_again_leaves_the_finished_run_as_it_is(trained, script):
+def test_training_again_leaves_the_finished_run_as_it_is(trained):
     folder = trained[0] / 'results' / 'lenet5'
     before = {file: file.read_bytes() for file in folder.iterdir() if file.suffix in ('.pt', '.csv')}
-    done = script(trained[0], 'CIFAR10_train.py', '--model', 'lenet5', '--dataset', 'synthetic', '--epochs', 1)
-    assert done.returncode == 0 and 'lenet5-2' in done.stdout and (trained[0] / 'results' / 'lenet5-2' / 'best.pt').exists()
+    done = script(
+        trained[0], 'CIFAR10_train.py', '--model', 'lenet5', '--dataset', 'synthetic', '--epochs', 1
+    )
+    assert (
+        done.returncode == 0
+        and 'lenet5-2' in done.stdout
+        and (trained[0] / 'results' / 'lenet5-2' / 'best.pt').exists()
+    )
     assert before == {file: file.read_bytes() for file in before}
 
 
 def test_a_convolutional_net_learns_the_synthetic_images_and_beats_an_mlp():
     data, val = data_load('synthetic')
     accuracy = {}
-    for name, setting in (('lenet5', SETTINGS['lenet5']), ('mlp', SETTINGS['mlp'])):
-        config = dataclasses.replace(setting, epochs=4)
+    for name in ('lenet5', 'mlp'):
+        config = dataclasses.replace(SETTINGS[name], epochs=4)
         torch.manual_seed(0)
-        model = build_model(config)
+        model = build_model(config, CPU)
         optimizer = build_optimizer(model, config)
         for epoch in range(4):
-            train_epoch(model, accelerate(model, config, torch.device('cpu'), 1), optimizer, data, config, fresh(epoch))
-        accuracy[name] = (predict(model, val.tensors[0]).argmax(1) == val.tensors[1]).float().mean()
-    assert accuracy['lenet5'] > 0.6 and accuracy['lenet5'] > accuracy['mlp'] + 0.15
+            train_epoch(model, optimizer, data, config, epoch, BF16)
+        accuracy[name] = evaluate(model, val)[1]
+    assert accuracy['lenet5'] > 60 and accuracy['lenet5'] > accuracy['mlp'] + 15
 
 
 @pytest.mark.parametrize('name', SETTINGS)
 def test_an_epoch_equals_a_loop_written_out_by_hand(name):
-    """PyTorch's optimizer and loss on the same batches, the update of SGD with momentum as on the slides."""
-    config = dataclasses.replace(SETTINGS[name], optimizer='sgd', learning_rate=0.01, weight_decay=1e-3, epochs=1,
-                                 learning_rate_decay='none', batch_size=50, warmup=0.0, dropout=0.0, precision='fp32')
+    """PyTorch's loss on the same batches, the update of SGD with momentum as on the slides."""
+    config = dataclasses.replace(
+        SETTINGS[name],
+        optimizer='sgd',
+        learning_rate=0.01,
+        weight_decay=1e-3,
+        epochs=1,
+        learning_rate_decay='none',
+        batch_size=50,
+        warmup=0.0,
+        dropout=0.0,
+    )
     config = dataclasses.replace(config, hidden=(32,)) if name == 'mlp' else config
-    data = torch.utils.data.TensorDataset(*(t[:150] for t in data_load('synthetic')[0].tensors))
+    data = first(180)  # the last batch is a smaller one
     torch.manual_seed(0)
-    ours, theirs, first = (build_model(config).double() for _ in range(3))  # for batch norm magnifies float32's roundings
-    theirs.load_state_dict(ours.state_dict())
-    first.load_state_dict(ours.state_dict())
-    forward = accelerate(ours, config, torch.device('cpu'), 3)
-    train_epoch(ours, lambda images, labels: forward(images.double(), labels), build_optimizer(ours, config), data, config, fresh())
+    ours = InDouble(build_model(config, CPU))
+    theirs, start = copy.deepcopy(ours), copy.deepcopy(ours)
+    loss, accuracy = train_epoch(ours, build_optimizer(ours, config), data, config, 0, FLOAT32)
     velocity = {p: torch.zeros_like(p) for p in theirs.parameters()}
+    losses, correct = 0, 0
     for images, labels in training_batches(data, 50, seed=0):
         theirs.zero_grad()
-        torch.nn.CrossEntropyLoss()(theirs(images.double()), labels).backward()
+        logits = theirs(images)
+        mean = torch.nn.CrossEntropyLoss()(logits, labels)
+        mean.backward()
+        losses, correct = (
+            losses + mean.item() * len(labels),
+            correct + (logits.argmax(1) == labels).sum().item(),
+        )
         for p in theirs.parameters():
             velocity[p] = 0.9 * velocity[p] + p.grad + 1e-3 * p.data
             p.data -= 0.01 * velocity[p]
-    for a, b, start in zip(ours.parameters(), theirs.parameters(), first.parameters()):
-        assert (a - b).norm() < 1e-6 * (a - start).norm() + 1e-12  # a bias before batch norm stays
+    for a, b, before in zip(ours.parameters(), theirs.parameters(), start.parameters(), strict=True):
+        assert (a - b).norm() < 1e-6 * (a - before).norm() + 1e-12  # a bias before batch norm stays
+    assert loss == pytest.approx(losses / 180) and accuracy == pytest.approx(correct / 1.8)
 
 
-def test_nesterov_label_smoothing_and_averaging_equal_a_loop_written_out_by_hand():
-    """Nesterov's update as in Sutskever et al. 2013, smoothed labels as in Szegedy et al. 2016, in double precision."""
-    config = dataclasses.replace(SETTINGS['lenet5'], optimizer='nesterov', learning_rate=0.01, weight_decay=1e-3, epochs=1, warmup=0.0,
-                                 learning_rate_decay='none', batch_size=50, label_smoothing=0.2, precision='fp32')
-    data = torch.utils.data.TensorDataset(*(t[:150] for t in data_load('synthetic')[0].tensors))
-    ours, theirs = build_model(config).double(), build_model(config).double()
-    theirs.load_state_dict(ours.state_dict())
-    optimizer, forward = build_optimizer(ours, config), accelerate(ours, config, torch.device('cpu'), 3)
-    averaged = average(ours, optimizer, decay=0.6)
-    train_epoch(ours, lambda images, labels: forward(images.double(), labels), optimizer, data, config, fresh())
-    velocity, mean = {p: torch.zeros_like(p) for p in theirs.parameters()}, {}
+def test_nesterov_and_label_smoothing_equal_a_loop_written_out_by_hand():
+    """Nesterov's update as in Sutskever et al. 2013, smoothed labels as in Szegedy et al. 2016."""
+    config = dataclasses.replace(
+        SETTINGS['lenet5'],
+        optimizer='nesterov',
+        learning_rate=0.01,
+        weight_decay=1e-3,
+        epochs=1,
+        warmup=0.0,
+        learning_rate_decay='none',
+        batch_size=50,
+        label_smoothing=0.2,
+    )
+    data = first(150)
+    ours = InDouble(build_model(config, CPU))
+    theirs = copy.deepcopy(ours)
+    train_epoch(ours, build_optimizer(ours, config), data, config, 0, FLOAT32)
+    velocity = {p: torch.zeros_like(p) for p in theirs.parameters()}
     for images, labels in training_batches(data, 50, seed=0):
         theirs.zero_grad()
         wanted = torch.full((len(labels), 10), 0.02).double().scatter(1, labels[:, None], 0.82)
-        (-wanted * theirs(images.double()).log_softmax(1)).sum(1).mean().backward()
+        (-wanted * theirs(images).log_softmax(1)).sum(1).mean().backward()
         for p in theirs.parameters():
             gradient = p.grad + 1e-3 * p.data
             velocity[p] = 0.9 * velocity[p] + gradient
             p.data -= 0.01 * (gradient + 0.9 * velocity[p])
-            mean[p] = 0.6 * mean[p] + 0.4 * p.data if p in mean else p.data.clone()
-    for p, q, a in zip(theirs.parameters(), ours.parameters(), averaged.module.parameters()):
+    for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close(a, mean[p], rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+class Readings(TorchDispatchMode):
+    """Counts what makes a GPU wait: numbers read from it, and masks whose number of trues decides a shape."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        indices = arguments[1] if function.name() == 'aten::index.Tensor' else []
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        self.count += by_mask or function.name() in ('aten::_local_scalar_dense', 'aten::nonzero')
+        return function(*arguments, **keywords or {})
+
+
+def test_a_gpu_waits_for_fewer_than_one_reading_in_two_steps():
+    with Readings() as readings:
+        torch.ones(3)[torch.ones(3) > 0].sum().item()
+    assert readings.count == 2  # the counter counts
+    config = dataclasses.replace(SETTINGS['lenet5'], batch_size=16)
+    model = build_model(config, CPU)
+    optimizer = build_optimizer(model, config)
+    with Readings() as readings:
+        train_epoch(model, optimizer, first(640), config, 0, BF16)  # 40 steps
+    assert readings.count < 20
+
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_20_steps_in_bf16_learn_what_20_in_float32_learn(name):
+    data = first(200)
+    config = dataclasses.replace(
+        SETTINGS[name],
+        batch_size=50,
+        learning_rate=0.005,
+        warmup=0.0,
+        dropout=0.0,
+        learning_rate_decay='none',
+    )
+    losses = []
+    for autocast in FLOAT32, BF16:
+        torch.manual_seed(0)
+        model = build_model(config, CPU)
+        optimizer = build_optimizer(model, config)
+        losses.append([train_epoch(model, optimizer, data, config, epoch, autocast)[0] for epoch in range(5)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[1] != losses[0]
+    assert losses[0][4] < 0.97 * losses[0][0]
 
 
 def schedule(make, epochs):
@@ -132,45 +237,70 @@ def schedule(make, epochs):
 
 def test_learning_rates_are_those_of_pytorchs_schedulers():
     step = dataclasses.replace(SETTINGS['resnet32'], epochs=164)
-    assert [learning_rate(step, epoch) for epoch in range(164)] == pytest.approx(
-        schedule(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [82, 123], 0.1), 164))
+    assert [get_learning_rate(step, epoch) for epoch in range(164)] == pytest.approx(
+        schedule(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [82, 123], 0.1), 164)
+    )
     cosine = dataclasses.replace(step, learning_rate_decay='cosine', epochs=10)
-    assert [learning_rate(cosine, epoch) for epoch in range(10)] == pytest.approx(
-        schedule(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10), 10))
-    assert learning_rate(dataclasses.replace(step, learning_rate_decay='none'), 160) == 0.1
+    assert [get_learning_rate(cosine, epoch) for epoch in range(10)] == pytest.approx(
+        schedule(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10), 10)
+    )
+    assert get_learning_rate(dataclasses.replace(step, learning_rate_decay='none'), 160) == 0.1
     warm = dataclasses.replace(step, warmup=4.0)
-    assert [learning_rate(warm, epoch) for epoch in range(10)] == pytest.approx(
-        schedule(lambda o: torch.optim.lr_scheduler.LinearLR(o, 1e-9, total_iters=4), 10), abs=1e-9)
-    assert learning_rate(step, 81.99) == 0.1  # a step's rate never drops within an epoch
+    assert [get_learning_rate(warm, epoch) for epoch in range(10)] == pytest.approx(
+        schedule(lambda o: torch.optim.lr_scheduler.LinearLR(o, 1e-9, total_iters=4), 10), abs=1e-9
+    )
+    assert get_learning_rate(step, 81.99) == 0.1  # a step's rate never drops within an epoch
 
 
 def test_patience_counts_only_after_the_last_drop():
     config = dataclasses.replace(SETTINGS['resnet32'], epochs=100, patience=5)  # drops after 50 and 75
-    history = [dict(epoch=epoch, val_accuracy=50.0 + epoch if epoch <= 10 else 50.0) for epoch in range(1, 101)]
-    stops = [epoch for epoch in range(1, 101) if is_finished(config, epoch, history[:epoch])]
-    assert stops[0] == 80
+    history = [
+        dict(epoch=epoch, val_accuracy=50.0 + epoch if epoch <= 10 else 50.0) for epoch in range(1, 101)
+    ]
+    stops = [epoch for epoch in range(101) if should_stop(config, history[:epoch])]
+    assert stops[0] == 80 and stops[-1] == 100
     history[77]['val_accuracy'] = 91.0
-    assert [epoch for epoch in range(1, 101) if is_finished(config, epoch, history[:epoch])][0] == 83
+    assert [epoch for epoch in range(101) if should_stop(config, history[:epoch])][0] == 83
     no_decay = dataclasses.replace(config, learning_rate_decay='none')
-    assert [epoch for epoch in range(1, 101) if is_finished(no_decay, epoch, history[:epoch])][0] == 15
+    assert [epoch for epoch in range(101) if should_stop(no_decay, history[:epoch])][0] == 15
+    cosine = dataclasses.replace(config, learning_rate_decay='cosine')
+    assert [epoch for epoch in range(101) if should_stop(cosine, history[:epoch])] == [100]
 
 
-def test_early_stopping_ends_the_run_and_keeps_the_best_epoch(script, tmp_path):
-    done = script(tmp_path, 'CIFAR10_train.py', '--model', 'mlp', '--hidden', 8, '--dataset', 'synthetic', '--epochs', 30,
-                  '--learning-rate', 1e-9, '--learning-rate-decay', 'none', '--patience', 2, '--name', 'stuck')
+def test_early_stopping_ends_the_run_and_keeps_the_best_epoch(tmp_path):
+    done = script(
+        tmp_path,
+        'CIFAR10_train.py',
+        '--model',
+        'mlp',
+        '--hidden',
+        8,
+        '--dataset',
+        'synthetic',
+        '--epochs',
+        30,
+        '--learning-rate',
+        1e-9,
+        '--learning-rate-decay',
+        'none',
+        '--patience',
+        2,
+        '--name',
+        'stuck',
+    )
     history = rows(tmp_path / 'results' / 'stuck')
     best = max(history, key=lambda row: float(row['val_accuracy']))
     assert 'Stopped early' in done.stdout and len(history) == float(best['epoch']) + 2 < 30
 
 
 def test_weight_restriction_bounds_every_unit_and_leaves_small_ones_alone():
-    model = build_model(SETTINGS['lenet5'])
+    model = build_model(SETTINGS['lenet5'], CPU)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(5)
     before = [p.clone() for p in model.parameters()]
-    restrict_weights(model, 3.0)
-    for old, new in zip(before, model.parameters()):
+    apply_max_norm(model, 3.0)
+    for old, new in zip(before, model.parameters(), strict=True):
         if new.dim() > 1:
             norms, wanted = new.flatten(1).pow(2).sum(1), old.flatten(1).pow(2).sum(1).clamp(max=3.0)
             torch.testing.assert_close(norms, wanted)
@@ -178,32 +308,95 @@ def test_weight_restriction_bounds_every_unit_and_leaves_small_ones_alone():
             assert torch.equal(old, new)
 
 
-def test_a_search_goes_on_with_the_better_half_and_repeats_nothing(script, tmp_path):
-    command = ['CIFAR10_train.py', '--model', 'lenet5', '--dataset', 'synthetic', '--epochs', 4, '--holdout', 500, '--search', 4]
-    done = script(tmp_path, *command)
+@pytest.mark.parametrize('model', SETTINGS)
+def test_a_search_samples_within_its_ranges_and_the_same_again(model):
+    setting = SETTINGS[model]
+    trials = [sample_trial(setting, number) for number in range(1, 60)]
+    assert trials == [sample_trial(setting, number) for number in range(1, 60)]
+    for f in dataclasses.fields(Configuration):
+        found, choices = {getattr(trial, f.name) for trial in trials}, SEARCH[model].get(f.name)
+        if choices is None:
+            assert found == {getattr(setting, f.name)}
+        elif isinstance(choices, list):
+            assert found == set(choices)
+        else:
+            middle = (choices[0] * choices[1]) ** 0.5
+            assert choices[0] <= min(found) < middle < max(found) <= choices[1]
+            assert 15 < sum(getattr(trial, f.name) < middle for trial in trials) < 44
+
+
+def test_a_search_repeats_no_finished_trial_and_returns_to_its_best(tmp_path):
+    command = [
+        'CIFAR10_train.py',
+        '--model',
+        'lenet5',
+        '--dataset',
+        'synthetic',
+        '--epochs',
+        1,
+        '--holdout',
+        4900,
+        '--search',
+    ]
+    done = script(tmp_path, *command, 2)
     assert done.returncode == 0, done.stderr
     folders = sorted((tmp_path / 'results').glob('lenet5-search-*'))
-    histories = [[float(row['val_accuracy']) for row in rows(folder)] for folder in folders]
-    assert sorted(map(len, histories)) == [1, 1, 2, 4]
-    for length, after in ((1, 1), (2, 2)):  # who was given up was no better than who went on
-        assert max(max(h) for h in histories if len(h) == length) <= min(max(h[:after]) for h in histories if len(h) > length)
-    before = {file: file.read_bytes() for folder in folders for file in folder.glob('*.*') if file.suffix in ('.csv', '.pt')}
-    again = script(tmp_path, *command)
-    assert again.returncode == 0 and 'epoch 1/' not in again.stdout
+    before = {
+        file: file.read_bytes()
+        for folder in folders
+        for file in folder.glob('*.*')
+        if file.suffix in ('.csv', '.pt')
+    }
+    again = script(tmp_path, *command, 3)
+    assert again.returncode == 0 and again.stdout.count('epoch 1/1') == 1 and len(before) == 6
     assert before == {file: file.read_bytes() for file in before}
+    best = max(
+        float(row['val_accuracy'])
+        for folder in (tmp_path / 'results').glob('lenet5-search-*')
+        for row in rows(folder)
+    )
+    assert f'{best:.2f} % recomputed' in again.stdout
     report = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')
-    assert '4 random trials of up to 4 epochs' in report and all(folder.name in report for folder in folders)
-    assert (tmp_path / 'results' / 'search.png').exists() and 'Additional experiments' not in report
+    assert '3 random trials of up to 1 epochs' in report and all(folder.name in report for folder in folders)
+    assert (tmp_path / 'results' / 'search-lenet5.png').exists() and 'Additional experiments' not in report
 
 
-@pytest.mark.parametrize('options', ['--optimizer adam --activation maxout --initialization xavier_normal --batch-size 5000',
-                                     '--max-norm 2 --activation elu --learning-rate-decay none --batch-size 4 --holdout 4900'])
-def test_the_slides_choices_train(options, script, tmp_path):
-    done = script(tmp_path, 'CIFAR10_train.py', '--model', 'lenet5', '--dataset', 'synthetic', '--epochs', 1, *options.split())
+@pytest.mark.parametrize(
+    'options',
+    [
+        '--optimizer adam --activation maxout --initialization xavier_normal --batch-size 5000',
+        '--optimizer nesterov --momentum 0 --batch-size 5 --holdout 4900',
+        '--max-norm 2 --activation elu --learning-rate-decay none --batch-size 4 --holdout 4900',
+    ],
+)
+def test_the_slides_choices_train(options, tmp_path):
+    done = script(
+        tmp_path,
+        'CIFAR10_train.py',
+        '--model',
+        'lenet5',
+        '--dataset',
+        'synthetic',
+        '--epochs',
+        1,
+        *options.split(),
+    )
     assert done.returncode == 0 and '1/1' in done.stdout, done.stderr
+    assert all(math.isfinite(float(row['train_loss'])) for row in rows(tmp_path / 'results' / 'lenet5'))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_training_on_a_gpu(script, tmp_path):
-    done = script(tmp_path, 'CIFAR10_train.py', '--model', 'lenet5', '--dataset', 'synthetic', '--epochs', 2, '--device', 'cuda')
+def test_training_on_a_gpu(tmp_path):
+    done = script(
+        tmp_path,
+        'CIFAR10_train.py',
+        '--model',
+        'lenet5',
+        '--dataset',
+        'synthetic',
+        '--epochs',
+        2,
+        '--device',
+        'cuda',
+    )
     assert done.returncode == 0 and 'Device: cuda' in done.stdout
