@@ -170,7 +170,7 @@ def open_run(name, config, restart):
                 epoch = len(checkpoint['history']) + 1
                 print(f"Continuing {folder.name} at epoch {epoch} of {config.epochs}.")
                 return folder, checkpoint, lock
-        elif not (folder / 'config.json').exists():
+        elif not any((folder / name).exists() for name in ('config.json', 'best.pt')):
             if folder != folders[0]:
                 print(f"{folders[0]} holds a finished run, which stays: this one goes to {folder}.")
             return folder, None, lock
