@@ -307,7 +307,7 @@ def read_runs():
 
 def is_trial(run):
     """Whether a run is one of a search's."""
-    return re.search(r'-search-\d\d$', run.folder.name)
+    return re.search(r'-search-\d\d(-\d+)?$', run.folder.name)
 
 
 def setting_runs(model, runs):

@@ -272,12 +272,12 @@ def load_images(config, options, device):
     return data
 
 
-def add_epoch(run, *results):
-    """Append an epoch's results, in the order of HISTORY, to the run."""
-    row = [len(run.history) + 1, *results]
+def from_process_0(*values):
+    """The values that process 0 has, on every process."""
+    values = list(values)
     if WORLD_SIZE > 1:
-        dist.broadcast_object_list(row)  # all go by process 0, as batch norm's running means differ a little
-    run.history.append(dict(zip(HISTORY, row, strict=True)))
+        dist.broadcast_object_list(values)
+    return values
 
 
 def print_epoch(run):
@@ -298,14 +298,11 @@ def train(name, config, options, device):
     model = build_model(config, device)
     optimizer = build_optimizer(model, config)
 
-    # Resume: process 0 finds the run's folder and checkpoint and tells the others.
-    opened, lock = [None, None], None
-    if RANK == 0:
-        *opened, lock = open_run(name, config, options.restart)
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(opened)
-    run = Run(opened[0], config, describe_machine(device), [])
-    resume(run, model, optimizer, opened[1])
+    # Resume: process 0 finds the run's folder and checkpoint, and tells the others.
+    folder, checkpoint, lock = open_run(name, config, options.restart) if RANK == 0 else [None] * 3
+    folder, checkpoint = from_process_0(folder, checkpoint)
+    run = Run(folder, config, describe_machine(device), [])
+    resume(run, model, optimizer, checkpoint)
 
     # Speed: training_model shares its weights with model, which is saved, and validated in float32.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(options.precision, device))
@@ -317,8 +314,10 @@ def train(name, config, options, device):
     save_checkpoint(run, model, optimizer)  # finds a folder that can't be written before any training
     while not should_stop(config, run.history):
         train_results = train_epoch(training_model, optimizer, train_data, config, len(run.history), autocast)
-        rate = optimizer.param_groups[0]['lr']
-        add_epoch(run, rate, *train_results, *evaluate(model, val_data), time.time() - began)
+        # All go by the results of process 0, as batch norm's running means differ a little.
+        results = from_process_0(len(run.history) + 1, optimizer.param_groups[0]['lr'], *train_results,
+                                 *evaluate(model, val_data), time.time() - began)
+        run.history.append(dict(zip(HISTORY, results, strict=True)))
         save_checkpoint(run, model, optimizer)
         print_epoch(run)  # what is printed is kept
     if len(run.history) < config.epochs:
@@ -354,10 +353,9 @@ def search(name, config, options, device):
     runs = []
     for trial in range(1, options.search + 1):
         trial_name, trial_config = f'{name}-search-{trial:02}', sample_trial(config, trial)
-        run = Run.read(RESULTS / trial_name) if (RESULTS / trial_name / 'config.json').exists() else None
-        if not run or run.config != trial_config or not should_stop(trial_config, run.history):
-            run = train(trial_name, trial_config, options, device)
-        runs.append(run)
+        found = [Run.read(file.parent) for file in RESULTS.glob(f'{trial_name}*/config.json')]
+        done = [run for run in found if run.config == trial_config and should_stop(run.config, run.history)]
+        runs.append(done[0] if done else train(trial_name, trial_config, options, device))
     return max(runs, key=lambda run: run.best['val_accuracy'])
 
 
