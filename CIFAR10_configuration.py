@@ -15,7 +15,7 @@ MODELS = ('mlp', 'lenet5', 'resnet32')
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one sentence that says what is wrong and what to do."""
+    """A mistake that the user can fix: one sentence that says what is wrong and what to do."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 def option(default, allowed, reason, models=MODELS):
-    """A hyperparameter: its default, the words or range (low <= value < high) allowed, why, who has it."""
+    """A hyperparameter: its default, the words or range (low <= value < high) allowed, why, its models."""
     return field(default=default, metadata=dict(allowed=allowed, reason=reason, models=models))
 
 
@@ -51,7 +51,7 @@ class Configuration:
 
     # Data
     dataset: str = option('cifar10', ('cifar10', 'synthetic'), "synthetic: made by the program, no download")
-    holdout: int = option(0, (0, 50_000), "validate on so many training images; 0: on the test images")
+    holdout: int = option(0, (0, 50_000), "validate on this many training images; 0: on the test images")
     batch_size: int = option(128, (1, 50_001), "images a step; 1: stochastic, 50000: full-batch descent")
     seed: int = option(0, (0, 1_000_001), "decides all that is random, and which images are held out")
 
@@ -66,10 +66,10 @@ class Configuration:
 
     # Optimizer
     optimizer: str = option('sgd', ('sgd', 'nesterov', 'adam'), "SGD with momentum, He et al. 2016")
-    learning_rate: float = option(0.1, (1e-12, inf), "the largest one, He et al. 2016")
+    learning_rate: float = option(0.1, (1e-12, inf), "its peak, He et al. 2016")
     momentum: float = option(0.9, (0.0, 1.0), "He et al. 2016; with Adam its beta 1")
     weight_decay: float = option(1e-4, (0.0, inf), "lambda of the L2 penalty, He et al. 2016")
-    max_norm: float = option(0.0, (0.0, inf), "weight restriction: c of |w|^2 < c for each unit; 0: none")
+    max_norm: float = option(0.0, (0.0, inf), "weight restriction: c of |w|^2 <= c for each unit; 0: none")
     label_smoothing: float = option(0.0, (0.0, 1.0), "share of a label for all classes, Szegedy et al. 2016")
 
     # Schedule
@@ -78,7 +78,7 @@ class Configuration:
     learning_rate_decay: str = option('step', ('step', 'cosine', 'none'), "large steps find the valley")
     milestones: tuple = option((0.5, 0.75), (1e-12, 1.0), "step: parts of the training before each drop")
     gamma: float = option(0.1, (1e-12, 1.0), "step: factor of each drop")
-    patience: int = option(20, (1, inf), "epochs without a better one after the last drop that end the run")
+    patience: int = option(20, (1, inf), "stop after so many epochs with none better, from the last drop on")
 
     def __post_init__(self):
         for f in fields(self):

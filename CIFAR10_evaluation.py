@@ -55,6 +55,7 @@ def choose_device(name='auto'):
     if name == 'cuda':
         # torchrun starts a process for each GPU, and gives it a number.
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32
     return torch.device(name)
 
 
@@ -64,7 +65,7 @@ def cpu_capabilities():
 
 
 def describe_machine(device):
-    """What the report says of the machine: device, processor, processes, threads and PyTorch's version."""
+    """What the report says of the machine: device, processor, threads and PyTorch's version."""
     processor = cpu_capabilities().get('cpu_name', platform.machine())
     return dict(device=device.type,
                 processor=torch.cuda.get_device_name() if device.type == 'cuda' else processor,
@@ -196,7 +197,7 @@ def plot_accuracy(runs, file):
         axes.plot(best['epoch'], best['val_accuracy'], 'k*',
                   label=f"{best['val_accuracy']:.2f} % at epoch {best['epoch']:.0f}")
     # A dotted line at each drop, where it does not cross other runs
-    for before, after in learning_rate_drops(run) if len(runs) == 1 else []:
+    for before, after in learning_rate_drops(runs[0]) if len(runs) == 1 else []:
         axes.axvline(after['epoch'] - 0.5, color='grey', linestyle=':',
                      label=f"learning rate {before['learning_rate']:.2g} to {after['learning_rate']:.2g}")
     axes.set(xlabel='epoch', ylabel='validation accuracy (%)')
@@ -347,7 +348,7 @@ def report_row(runs):
 
 
 def protocol_row(run):
-    """The cells under PROTOCOL, as text: what a run was validated on, if its weights give the same again."""
+    """The cells under PROTOCOL, as text: what it was validated on, whether its weights give it again."""
     holdout, best = run.config.holdout, run.best
     try:
         found = json.loads((run.folder / 'evaluation.json').read_text(encoding='utf-8'))
@@ -500,7 +501,7 @@ def predict_pictures(files, run, device):
 def evaluate_weights(options, device):
     """Print the accuracy of --weights on the validation images."""
     saved = load_file(options.weights, "give a file that torch.save(model.state_dict(), FILE) wrote")
-    # Our own files tell which network it is; others are taken to hold that of the slides.
+    # Our own files tell the network's hyperparameters; without them it is that of the slides.
     record = saved.get('configuration', {}) if isinstance(saved, dict) else {}
     model = build_model(Configuration.from_record({**record, 'model': options.model}), device)
     load_weights(model, saved, options.weights)

@@ -45,7 +45,7 @@ if os.name == 'nt':
 else:
     import fcntl
 
-# torchrun tells each process its number, that on its machine, and how many there are; alone it is 0 of 1.
+# torchrun tells each process its rank, its rank on this machine, and how many there are; alone it is 0 of 1.
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
 WORLD_SIZE = int(os.environ.get('WORLD_SIZE', 1))
 
@@ -55,11 +55,11 @@ WORLD_SIZE = int(os.environ.get('WORLD_SIZE', 1))
 
 def build_optimizer(model, config):
     """SGD with momentum or Adam over all weights, with the L2 penalty of weight decay."""
-    both = dict(weight_decay=config.weight_decay, fused=True)  # fused: all weights in one call
+    common = dict(weight_decay=config.weight_decay, fused=True)  # fused: all weights in one call
     if config.optimizer == 'adam':
-        return torch.optim.Adam(model.parameters(), betas=(config.momentum, 0.999), **both)
+        return torch.optim.Adam(model.parameters(), betas=(config.momentum, 0.999), **common)
     nesterov = config.optimizer == 'nesterov' and config.momentum > 0  # without momentum it is plain SGD
-    return torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=nesterov, **both)
+    return torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=nesterov, **common)
 
 
 def get_learning_rate(config, epoch):
@@ -76,7 +76,7 @@ def get_learning_rate(config, epoch):
 
 @torch.no_grad()
 def apply_max_norm(model, max_norm):
-    """Scale down each unit's weights to |w|^2 <= max_norm, the weight restriction of the slides."""
+    """Scale the weights of units with |w|^2 > max_norm down to it, the weight restriction of the slides."""
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.copy_(weight.renorm(2, 0, max_norm ** 0.5))
@@ -84,11 +84,13 @@ def apply_max_norm(model, max_norm):
 
 def should_stop(config, history):
     """Whether all epochs are done, or `patience` of them after the last drop brought nothing better."""
-    if len(history) in (0, config.epochs):
-        return bool(history)
-    # Before the last drop no better epoch says little, as the drop will bring one.
+    if not history:
+        return False
+    if len(history) == config.epochs:
+        return True
+    # Patience counts from the last drop on, as every drop brings a better epoch.
     last_drop = {'step': math.ceil(max(config.milestones) * config.epochs),
-                 'cosine': config.epochs,  # it falls to the end
+                 'cosine': config.epochs,  # it falls to the end: no early stop
                  'none': 0}[config.learning_rate_decay]
     best = max(history, key=lambda row: row['val_accuracy'])['epoch']
     return len(history) - max(best, last_drop) >= config.patience
@@ -185,7 +187,7 @@ def resume(run, model, optimizer, checkpoint):
         optimizer.load_state_dict(checkpoint['optimizer'])
     # Bytes of best.pt and last.pt, which has the momentum too, the old ones and the new ones
     needed = 32 * sum(p.numel() for p in model.parameters())
-    if shutil.disk_usage(run.folder).free < needed:
+    if RANK == 0 and shutil.disk_usage(run.folder).free < needed:
         raise UserError(f"The disk of {run.folder} has too little room for two checkpoints: make some first.")
 
 
@@ -194,9 +196,9 @@ def resume(run, model, optimizer, checkpoint):
 
 
 def train_epoch(model, optimizer, data, config, epoch, autocast):
-    """Take the steps of an epoch, counted from 0. Returns mean loss and accuracy in percent meanwhile."""
+    """Take the steps of an epoch, counted from 0. Returns training loss and accuracy in percent."""
     model.train()
-    # The seed of the epoch decides order, augmentation and dropout, so that a resumed run repeats them.
+    # Each epoch seeds itself: order, augmentation and dropout. So a run resumes with no random state saved.
     seed = config.seed * 100_000 + epoch
     torch.manual_seed(seed * 1000 + RANK)
     batches = training_batches(data, config.batch_size, seed, RANK, WORLD_SIZE)
@@ -319,7 +321,7 @@ def train(name, config, options, device):
                                  *evaluate(model, val_data), time.time() - began)
         run.history.append(dict(zip(HISTORY, results, strict=True)))
         save_checkpoint(run, model, optimizer)
-        print_epoch(run)  # what is printed is kept
+        print_epoch(run)  # when it is saved
     if len(run.history) < config.epochs:
         print(f"Stopped early: nothing better than epoch {run.best['epoch']} in {config.patience} epochs.")
     print(f"Best validation accuracy {run.best['val_accuracy']:.2f} % at epoch {run.best['epoch']}, after "

@@ -8,8 +8,8 @@ from MLP_model import ACTIVATIONS, initialize
 class LeNet5_model(nn.Module):
     """Two convolutions and three linear layers, 62,006 parameters; images (N, 3, 32, 32) -> logits (N, 10).
 
-    The slides' activations never fall as their input rises, so the largest of four activations is that of the
-    largest value: pooling first, as in LeCun et al. 1998, gives the same for a quarter of the work.
+    The slides' activations are monotonic, so pooling before them, as in LeCun et al. 1998, gives the same as
+    pooling after them, for a quarter of the work.
     """
 
     def __init__(self, activation='relu', initialization='he_normal'):

@@ -25,6 +25,8 @@ class IdentityPadding(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions that learn what to add to their input: relu(x + f(x)).
 
+    The shortcut lets the gradient pass unchanged, so that many blocks can be stacked.
+
     (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)
     """
 
@@ -116,5 +118,5 @@ class ResNet(nn.Module):
 
 
 def ResNet32_model():
-    """ResNet-32: a convolution, 3 groups of 5 blocks of 2, a linear layer; 464,154 parameters."""
+    """ResNet-32: a convolution, 3 groups of 5 blocks of 2 convolutions, a linear layer: 464,154 weights."""
     return ResNet(5, ResidualBlock)

@@ -10,7 +10,7 @@ from CIFAR10_configuration import UserError
 from dataset import synthetic
 from dataset.download import ensure_cifar10
 
-# Mean and standard deviation of the training images' red, green and blue, in [0, 1]: the slides' figures.
+# Mean and deviation of red, green and blue in [0, 1], as on the slides; over all pixels it is about 0.25.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 # The names of the classes 0 to 9; CIFAR-10's are spelled as on the slides.
@@ -26,7 +26,7 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
     Args:
         dataset (str): 'cifar10' (50,000 training and 10,000 test images) or 'synthetic' (5,000 and 1,000).
         data_dir (str or Path): folder that holds, or gets, CIFAR-10.
-        holdout (int): so many class-balanced training images, drawn by seed, are the validation images;
+        holdout (int): this many class-balanced training images, drawn by seed, are the validation images;
             with 0 the test images are.
         urls (sequence of str): where CIFAR-10 is fetched from, if data_dir lacks it; default: its mirrors.
 
@@ -64,22 +64,22 @@ def read_cifar10(data_dir, train, urls):
     return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
 
 
-def crop_and_flip(images, offsets, flips, padding=4):
+def crop_and_flip(images, offsets, flips):
     """torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip, for a whole batch.
 
     Args:
         images (Tensor): (N, 3, 32, 32); they are left as they are.
-        offsets (Tensor): (N, 2), top and left of each crop in the padded image, from 0 to 2 * padding.
+        offsets (Tensor): (N, 2), top and left of each crop in the padded image, from 0 to 8.
         flips (Tensor): (N,) bool.
     """
     # A view of every possible crop (N, 3, top, left, 32, 32), of which one is taken for each image
-    crops = F.pad(images, [padding] * 4).unfold(2, 32, 1).unfold(3, 32, 1)
+    crops = F.pad(images, [4] * 4).unfold(2, 32, 1).unfold(3, 32, 1)
     images = crops[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
     return torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def normalize(images):
-    """ToTensor and Normalize for a whole batch: (N, 3, H, W) uint8 -> float32 of mean 0 and deviation 1."""
+    """ToTensor and Normalize for a whole batch: (N, 3, H, W) uint8 -> float32, less MEAN and over STD."""
     mean, std = torch.tensor([MEAN, STD], device=images.device).view(2, 3, 1, 1)
     return images.float().div_(255).sub_(mean).div_(std)
 

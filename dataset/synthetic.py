@@ -24,12 +24,12 @@ def generate(train):
     radius = uniform(9, 12)
     distance = np.hypot(x, y)
 
-    # The shape: classes 0 to 4 are discs, 5 to 9 crosses.
+    # The shape: classes 0 to 4 are discs, 5 to 9 crosses; choose takes for each image the one of its number.
     disc = distance < radius
     cross = (np.minimum(abs(x), abs(y)) < radius / 3) & (np.maximum(abs(x), abs(y)) < radius)
     shape = np.choose((labels // 5)[:, None, None], [disc, cross])
 
-    # The texture, of waves of 4 to 5.5 pixels.
+    # The texture, of waves of 4 to 5.5 pixels; checks are where just one of bars and pillars is.
     frequency = 2 * np.pi / uniform(4, 5.5)
     phase = uniform(0, 2 * np.pi)
     bars, pillars, rings = (np.sin(frequency * axis + phase) > 0 for axis in (y, x, distance))
