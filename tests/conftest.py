@@ -66,6 +66,17 @@ def script(folder, name, *options):
     return subprocess.CompletedProcess(sys.argv, code, output.getvalue(), errors.getvalue())
 
 
+def after_first_epoch(folder, command):
+    """Start a training and return its process as soon as it has printed its first epoch."""
+    training = subprocess.Popen(
+        list(map(str, command)), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in training.stdout:
+        if line.startswith('epoch 1/'):
+            break
+    return training
+
+
 class Killed(BaseException):
     """Ends a training where it stands, as a kill does: nothing in the program catches it."""
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_run, killed, process, rows, script
+from conftest import ROOT, after_first_epoch, assert_same_run, killed, process, rows, script
 
 import CIFAR10_train
 import dataset
@@ -99,16 +99,7 @@ def test_a_signal_keeps_the_finished_epochs_and_the_same_command_continues(numbe
     whole = tmp_path / 'whole'
     whole.mkdir()
     assert not killed(0, whole, *command)
-    training = subprocess.Popen(
-        [sys.executable, ROOT / 'CIFAR10_train.py', *command],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in training.stdout:
-        if line.startswith('epoch 1/'):
-            break
+    training = after_first_epoch(tmp_path, [sys.executable, ROOT / 'CIFAR10_train.py', *command])
     training.send_signal(number)
     output, errors = training.communicate(timeout=60)
     assert training.returncode == code and not errors

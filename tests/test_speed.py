@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, process, rows, script
+from conftest import ROOT, after_first_epoch, process, rows, script
 from test_training import FLOAT32, first
 
 from CIFAR10_configuration import SETTINGS
@@ -151,16 +151,7 @@ def test_without_batch_norm_two_processes_train_as_one_also_after_a_kill(tmp_pat
     ]
     alone = script(tmp_path, 'CIFAR10_train.py', *options, '--name', 'alone')
     command = [ROOT / 'CIFAR10_train.py', *options, '--name', 'together']
-    training = subprocess.Popen(
-        [*TORCHRUN, *map(str, command)],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    for line in training.stdout:
-        if line.startswith('epoch 1/'):
-            break
+    training = after_first_epoch(tmp_path, [*TORCHRUN, *command])
     training.terminate()
     training.communicate(timeout=120)
     assert training.returncode != 0
@@ -172,7 +163,7 @@ def test_without_batch_norm_two_processes_train_as_one_also_after_a_kill(tmp_pat
     )  # only one process prints
     for a, b in zip(*(rows(tmp_path / 'results' / name) for name in ('alone', 'together')), strict=True):
         for column in ('train_loss', 'val_loss', 'learning_rate'):
-            assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-2)
+            assert float(a[column]) == pytest.approx(float(b[column]), rel=2e-3)
         for column in ('train_accuracy', 'val_accuracy'):
             assert float(a[column]) == pytest.approx(float(b[column]), abs=1.0)
 
