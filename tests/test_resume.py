@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,15 @@ def check_kills(folder, model, moments, *options):
     assert_same_run(whole / 'results' / model, other / 'results' / model)
 
 
+def report(folder):
+    """The report of the runs in a folder, without the minutes that they took."""
+    done = script(folder, 'CIFAR10_evaluation.py')
+    assert done.returncode == 0, done.stderr
+    text = (folder / 'results' / 'report.html').read_text(encoding='utf-8')
+    text = re.sub(r'trained for [\d.]+ minutes', '', text)
+    return re.sub(r'<td>[\d.]+</td>(<td>\d+</td><td>[\d.]+ %</td>)', r'\1', text)  # training time (m)
+
+
 @pytest.mark.parametrize('model', SETTINGS)
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(model, tmp_path, few_images):
     check_kills(
@@ -66,6 +76,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(model, tmp_pa
         '--learning-rate',
         0.01,
     )
+    assert report(tmp_path / 'whole') == report(tmp_path / 'other')
 
 
 @pytest.mark.skipif(
