@@ -1,14 +1,23 @@
 """What a run is: its hyperparameters, the three settings, the command line and the record in results/."""
 import argparse
+import contextlib
 import csv
+import errno
+import functools
 import json
 import os
 import re
 import shutil
 import sys
+import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, isfinite
 from pathlib import Path
+
+if os.name == 'nt':
+    import msvcrt
+else:
+    import fcntl
 
 RESULTS = Path('results')  # holds a folder for each run
 MODELS = ('mlp', 'lenet5', 'resnet32')
@@ -131,7 +140,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False)
-        self.add_argument('--data-dir', type=Path, default='dataset', help="folder of the images")
+        self.add_argument('--data-dir', type=os.path.expanduser, default='dataset', help="where images are")
         self.add_argument('--data-url', nargs='+', metavar='URL', help="where CIFAR-10's archive is fetched")
 
     def error(self, message):
@@ -140,8 +149,10 @@ class Parser(argparse.ArgumentParser):
 
 def run_name(text):
     """A text that can name a folder or a file anywhere, as it is."""
-    if not re.fullmatch(r'\w[\w-]*(\.[\w-]+)*', text) or len(text) > 100:
-        raise argparse.ArgumentTypeError(f"use letters, digits, '-', '_' and inner dots, not {text!r}")
+    reserved = re.match(r'(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)', text, re.IGNORECASE)  # by Windows
+    if reserved or not re.fullmatch(r'\w[\w-]*(\.[\w-]+)*', text) or len(text) > 100:
+        raise argparse.ArgumentTypeError("use letters, digits, '-', '_' and inner dots, and no name of a "
+                                         f"Windows device, not {text!r}")
     return text
 
 
@@ -234,11 +245,37 @@ def atomic_write(file, content):
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+        # Windows refuses as long as another program has the file open.
+        for _ in range(30):
+            with contextlib.suppress(PermissionError):
+                return os.replace(part, file)
+            time.sleep(0.1)
         os.replace(part, file)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise UserError(f"{file} could not be written ({error.strerror}): make room or give write access, "
-                        "and repeat the command to go on from the last checkpoint.") from None
+        raise UserError(f"{file} could not be written ({error.strerror}): make room, give write access or "
+                        "close it elsewhere, and repeat the command to go on where it was.") from None
+
+
+def lock(file, wait=False):
+    """Open a file as the only process that may write in its folder, until the file is closed.
+
+    Raises UserError where another process has it. A file system without locks lets every process have it.
+    """
+    stream = open(file, 'a')  # the operating system unlocks it when the process ends, however
+    try:
+        if os.name == 'nt':
+            msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # all others: there are no locks
+            raise UserError(f"{file.parent} can't be used, as another process is writing there: wait for it, "
+                            "or name another folder.") from None
+    return stream
+
+
+print_once = functools.cache(print)  # prints what it did not print before
 
 
 def print_progress(line, done=False):
@@ -254,6 +291,9 @@ def print_progress(line, done=False):
 
 def run_script(main):
     """Call a script's main function; a user's mistake ends it with one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # Jupyter's has no reconfigure
+            stream.reconfigure(errors='replace')  # letters that the console lacks
     try:
         main()
     except KeyboardInterrupt:
@@ -261,6 +301,6 @@ def run_script(main):
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
             error = f"{error.filename or 'A file'} can't be read or written ({error.strerror}): check it."
-        if os.environ.get('RANK', '0') == '0':  # of several processes under torchrun only one says it
+        if os.environ.get('LOCAL_RANK', '0') == '0':  # of torchrun's processes on a machine one says it
             print(error, file=sys.stderr)
         sys.exit(2)

@@ -6,16 +6,19 @@
     python CIFAR10_evaluation.py --submit StudentID_Name          StudentID_Name.zip to hand in
 """
 import base64
+import io
 import json
 import os
 import platform
 import re
 import statistics
 import zipfile
+from glob import glob
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -27,12 +30,14 @@ from CIFAR10_configuration import (
     MODELS,
     RESULTS,
     SEARCH,
+    SETTINGS,
     Configuration,
     Parser,
     Run,
     UserError,
     atomic_write,
     flag,
+    print_once,
     run_name,
     run_script,
 )
@@ -40,6 +45,8 @@ from dataset import CLASSES, crop_and_flip, data_load, normalize
 from LeNet5_model import LeNet5_model
 from MLP_model import MLP_model
 from ResNet_model import ResNet32_model
+
+Image.MAX_IMAGE_PIXELS = 500_000_000  # no warning of a large photo
 
 # ----------------------------------------------------------------------------------------------------------
 # Measuring a model: device, network, weights, predictions, accuracy
@@ -54,6 +61,8 @@ def choose_device(name='auto'):
         raise UserError(f"This machine or its PyTorch has no {name}: leave --device out to use what it has.")
     if name == 'cuda':
         # torchrun starts a process for each GPU, and gives it a number.
+        if int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > (gpus := torch.cuda.device_count()):
+            raise UserError(f"There are more processes than GPUs: start {gpus} with --nproc-per-node {gpus}.")
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32
     return torch.device(name)
@@ -88,31 +97,45 @@ def build_model(config, device):
     return model.to(device)
 
 
+# What weights_only=True may make beside tensors: NumPy's numbers, as many files have one for the accuracy
+MAKE_NUMBER = np.float64().__reduce__()[0]  # the function that their pickles call
+NUMBERS = [MAKE_NUMBER, (MAKE_NUMBER, 'numpy.core.multiarray.scalar'),  # its name before NumPy 2
+           np.dtype, *map(type, map(np.dtype, np.typecodes['All']))]
+
+
 def load_file(file, hint):
     """What torch.save wrote to a file. Raises UserError, ending with the hint, if it is unsafe or damaged."""
     try:
-        return torch.load(file, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            return torch.load(file, map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a damaged or malicious file makes torch.load raise
         raise UserError(f"{file} can't be loaded ({type(error).__name__}): {hint}.") from None
 
 
+def state_dicts(saved):
+    """Yield the tensors of every dict in what a file held, however deep, as a dict by their names."""
+    if isinstance(saved, (list, tuple)):
+        saved = dict(enumerate(saved))
+    if isinstance(saved, dict):
+        yield {str(name): value for name, value in saved.items() if torch.is_tensor(value)}
+        for value in saved.values():
+            yield from state_dicts(value)
+
+
 def load_weights(model, saved, file):
-    """Load what a file held, a state dict or a dict that has one as 'model_state_dict', into a model.
+    """Load what a file held into a model: a state dict, or anything that has one in it.
 
     Raises UserError that names the first layer that does not fit.
     """
-    state = saved.get('model_state_dict', saved) if isinstance(saved, dict) else None
-    # DataParallel and torch.compile put a word of theirs before each name.
-    state = {re.sub(r'^((module|_orig_mod)\.)+', '', str(name)): tensor
-             for name, tensor in (state or {}).items() if torch.is_tensor(tensor)}
-    wanted = model.state_dict()
-    for name in [*wanted, *state]:
-        found, needed = (list(tensors[name].shape) if name in tensors else 'missing'
-                         for tensors in (state, wanted))
-        if found != needed:
-            raise UserError(f"{file} does not fit {type(model).__name__}: {name} is {found} in the file and "
-                            f"{needed} in the model; choose the --model that the weights belong to.")
-    model.load_state_dict(state)
+    state = max(state_dicts(saved), key=len, default={})  # an optimizer's dicts are small
+    # DataParallel, torch.compile and Lightning put a word of theirs before each name.
+    state = {re.sub(r'^((module|_orig_mod|model|net)\.)+', '', name): state[name] for name in state}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].split(', "')[0].strip()
+        raise UserError(f"{file} does not fit {type(model).__name__} ({first}): choose the --model that the "
+                        "weights belong to.") from None
 
 
 def load_best(run, device):
@@ -193,7 +216,7 @@ def plot_accuracy(runs, file):
         # A line, and a star at the early-stopping epoch
         best, accuracies = run.best, [row['val_accuracy'] for row in run.history]
         axes.plot(range(1, len(accuracies) + 1), accuracies, '.-', color=f'C{MODELS.index(run.config.model)}',
-                  label=f"{title(run)}: {run.folder.name}")
+                  label=title(run))
         axes.plot(best['epoch'], best['val_accuracy'], 'k*',
                   label=f"{best['val_accuracy']:.2f} % at epoch {best['epoch']:.0f}")
     # A dotted line at each drop, where it does not cross other runs
@@ -248,27 +271,16 @@ def plot_mistakes(run, images, labels, predicted, confidence):
 
 def plot_samples(run, images, labels):
     """Plot a training image of each class, and three augmented versions of it."""
-    # The first image of each class, and each of them three times
-    samples = images[[labels.tolist().index(label) for label in range(10)]].cpu()
+    # The first image of each class that there is, and each of them three times
+    classes, first = np.unique(labels.cpu(), return_index=True)
+    samples = images[first].cpu()
+    copies = samples.repeat(3, 1, 1, 1)
     torch.manual_seed(0)  # the same figure each time
-    augmented = crop_and_flip(samples.repeat(3, 1, 1, 1), torch.randint(0, 9, (30, 2)), torch.rand(30) < 0.5)
-    plot_images(torch.cat([samples, augmented]), CLASSES[run.config.dataset],
+    augmented = crop_and_flip(copies, torch.randint(0, 9, (len(copies), 2)), torch.rand(len(copies)) < 0.5)
+    plot_images(torch.cat([samples, augmented]),
+                [CLASSES[run.config.dataset][label] for label in classes],
                 f"{run.config.dataset}: training images, below them random crops and flips",
                 run.folder / 'samples.png')
-
-
-def plot_search(trials, file):
-    """Plot the accuracy of a search's trials over learning rate and weight decay."""
-    axes = new_axes(5, 3.8)
-    # A point a trial, the brighter the better
-    points = axes.scatter([run.config.learning_rate for run in trials],
-                          [run.config.weight_decay for run in trials],
-                          c=[run.best['val_accuracy'] for run in trials], s=70, edgecolors='black')
-    axes.loglog()
-    axes.tick_params(which='both', labelsize=8, rotation=45)  # else they overlap
-    axes.set(xlabel='learning rate', ylabel='weight decay', title=title(trials[0]))
-    axes.figure.colorbar(points, label='held-out accuracy (%)')
-    axes.figure.savefig(file)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -278,8 +290,9 @@ def plot_search(trials, file):
 COLUMNS = ('Model', 'GPU (O/X)', 'Batch_size', 'Activation function', 'Weight initialization', 'Optimizer',
            'Learning rate', 'Momentum', 'Weight decay', 'LR decay', 'training time (m)',
            'Early stopping epoch', 'Accuracy')
-PROTOCOL = ('Model', 'Epochs', 'Validated on', 'Best accuracy', 'Accuracy of the last epoch',
-            'Recomputed from the best weights', 'Test images, looked at once')
+PROTOCOL = ('Model', 'Other options', 'Epochs', 'Validated on', 'Best accuracy', 'On the training images',
+            'Accuracy of the last epoch', 'The epoch after a drop of the learning rate',
+            'Recomputed from the best weights', 'Test images, looked at once', 'Reruns')
 STYLE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>CIFAR-10 Evaluation Report</title>
 <style>
@@ -295,10 +308,11 @@ td:nth-child(-n+2), td:last-child { font-weight: bold } td:nth-child(-n+2) { whi
 """
 
 
-def read_runs():
-    """All runs in results/; those that can't be read are named and left out."""
+def read_runs(folder=RESULTS):
+    """The runs in a folder, those named after a model first, then the oldest; unreadable ones are named."""
     runs = []
-    for file in sorted(RESULTS.glob('*/config.json')):
+    for file in sorted(folder.glob('*/config.json'),
+                       key=lambda file: (file.parent.name not in MODELS, file.stat().st_mtime, file)):
         try:
             runs.append(Run.read(file.parent))
         except UserError as error:
@@ -306,16 +320,22 @@ def read_runs():
     return runs
 
 
-def is_trial(run):
-    """Whether a run is one of a search's."""
-    return re.search(r'-search-\d\d(-\d+)?$', run.folder.name)
+def read_text(file):
+    """A text that a person wrote, or ''. One that is not in UTF-8 is named and left out."""
+    try:
+        return file.read_text(encoding='utf-8-sig')  # Windows puts a mark before it
+    except UnicodeDecodeError:
+        print(f"{file} is left out of the report: save it as UTF-8.")
+    except FileNotFoundError:
+        pass
+    return ''
 
 
 def setting_runs(model, runs):
     """The run that shows a setting, and those that differ from it only in their seed; or none."""
-    # Rather one on CIFAR-10 than on synthetic images, rather one that is named like the model.
+    # Rather one on CIFAR-10 than on synthetic images
     ranked = sorted((run for run in runs if run.config.model == model),
-                    key=lambda run: (run.config.dataset != 'cifar10', run.folder.name != model))
+                    key=lambda run: run.config.dataset != 'cifar10')
     return ranked[:1] + [run for run in ranked if run.config.differences(ranked[0].config) == ['seed']]
 
 
@@ -347,9 +367,29 @@ def report_row(runs):
     ]
 
 
-def protocol_row(run):
-    """The cells under PROTOCOL, as text: what it was validated on, whether its weights give it again."""
-    holdout, best = run.config.holdout, run.best
+def compare(rerun, run, seeds):
+    """A sentence on whether a rerun gave a run's accuracy again, or differs no more than other seeds do."""
+    difference = rerun.best['val_accuracy'] - run.best['val_accuracy']
+    if abs(difference) < 0.005:
+        return f"{rerun.folder.name} gave the accuracy of {run.folder.name} again, to the digit."
+    again = "again within" if abs(difference) <= 2 * statistics.pstdev(seeds) else "NOT again within"
+    machine = "the same" if rerun.machine == run.machine else "another"
+    return (f"{rerun.folder.name} gave the accuracy of {run.folder.name} {again} the spread of the seeds, "
+            f"{mean_std(seeds, 2)} %, with {difference:+.2f} points on {machine} kind of machine.")
+
+
+def protocol_row(run, same):
+    """The cells under PROTOCOL, as text, from the runs of each configuration, of which the first is shown."""
+    config, holdout, best = run.config, run.config.holdout, run.best
+    options = [f'{flag(name)} {getattr(config, name)}' for name in config.differences(SETTINGS[config.model])]
+    drops = [f"{before['val_accuracy']:.2f} % to {after['val_accuracy']:.2f} % at epoch {after['epoch']:.0f}"
+             for before, after in learning_rate_drops(run)]
+    # How far it may differ from its reruns
+    seeds = [first.best['val_accuracy'] for other, (first, *_) in same.items()
+             if config.differences(other) in ([], ['seed'])]
+    reruns = [compare(rerun, run, seeds) for rerun in same[config][1:]]
+    for sentence in reruns:
+        print(sentence)
     try:
         found = json.loads((run.folder / 'evaluation.json').read_text(encoding='utf-8'))
         # The two decimals that are printed
@@ -360,38 +400,17 @@ def protocol_row(run):
         recomputed = test = "not yet"
     return [
         title(run),
-        f"{len(run.history)} of {run.config.epochs}",
+        ' '.join(options),
+        f"{len(run.history)} of {config.epochs}",
         f"{holdout:,} held-out training images" if holdout else "the test images, as on the slides",
         f"{best['val_accuracy']:.2f} % (epoch {best['epoch']:.0f})",
+        f"{best['train_accuracy']:.2f} %",
         f"{run.history[-1]['val_accuracy']:.2f} %",
+        '; '.join(drops),
         recomputed,
         test,
+        ' '.join(reruns),
     ]
-
-
-def summary(runs):
-    """Sentences on what won, by how much, when the learning rate dropped and what that brought."""
-    # Who wins, and by how much
-    first, *others = sorted(runs, key=lambda run: -run.best['val_accuracy'])
-    accuracy = first.best['val_accuracy']
-    behind = [f", {accuracy - run.best['val_accuracy']:.2f} points ahead of {title(run)} "
-              f"({run.best['val_accuracy']:.2f} %)" for run in others]
-    yield f"{title(first)} wins with {accuracy:.2f} %{''.join(behind)}."
-    # Each of them, the best first
-    for run in [first, *others]:
-        best = run.best
-        changed = run.config.differences(Configuration(epochs=1))  # from the defaults, and the epochs always
-        options = [f'{flag(name)} {getattr(run.config, name)}' for name in changed]
-        yield (f"{title(run)} was best at epoch {best['epoch']:.0f} of {len(run.history)}, with "
-               f"{best['train_accuracy']:.2f} % on the augmented training images; it trained for "
-               f"{run.history[-1]['seconds'] / 60:.1f} minutes, with {', '.join(options)}.")
-        for before, after in learning_rate_drops(run):
-            # The best accuracy at each of the two learning rates
-            old, new = (max(row['val_accuracy'] for row in run.history if row['learning_rate'] == rate)
-                        for rate in (before['learning_rate'], after['learning_rate']))
-            yield (f"{title(run)}'s learning rate dropped to {after['learning_rate']:.2g} after epoch "
-                   f"{before['epoch']:.0f}: its best accuracy went from {old:.2f} % to {new:.2f} % "
-                   f"({new - old:+.2f} points).")
 
 
 def html_table(columns, rows):
@@ -410,9 +429,11 @@ def html_picture(file):
     return f"<figure><img src='data:image/png;base64,{data}'></figure>"
 
 
-def search_section(trials):
-    """HTML on how a model's hyperparameters were found: a plot, the compute, and a table of the trials."""
-    trials = sorted(trials, key=lambda run: -run.best['val_accuracy'])
+def search_section(folder):
+    """HTML on how a model's hyperparameters were found: the compute, and a table of a folder's trials."""
+    trials = sorted(read_runs(folder), key=lambda run: -run.best['val_accuracy'])
+    if not trials:
+        return ''
     config, machine = trials[0].config, trials[0].machine
     minutes = sum(run.history[-1]['seconds'] for run in trials) / 60
     text = (f"{len(trials)} random trials of up to {config.epochs} epochs, chosen by {config.holdout:,} "
@@ -422,52 +443,47 @@ def search_section(trials):
     names = SEARCH[config.model]
     rows = {run.folder.name: [*(getattr(run.config, name) for name in names), len(run.history),
                               f"{run.best['val_accuracy']:.2f} %"] for run in trials}
-    plot = RESULTS / f'search-{config.model}.png'
-    plot_search(trials, plot)
     return (f"<h2>Search of the hyperparameters: {title(trials[0])}</h2><p>{text}</p>"
-            f"{html_table([*names, 'epochs', 'held-out accuracy'], rows)}{html_picture(plot)}")
+            f"{html_table([*names, 'epochs', 'held-out accuracy'], rows)}")
 
 
 def write_report(runs):
     """Write results/report.html, a single file with the runs' figures inside, from a list of runs."""
     RESULTS.mkdir(exist_ok=True)
-    searches = [[run for run in runs if is_trial(run) and run.config.model == model] for model in MODELS]
-    runs = [run for run in runs if not is_trial(run)]
+    # The runs of each configuration: the first one counts, the others are reruns of it.
+    same = {}
+    for run in runs:
+        same.setdefault(run.config, []).append(run)
+    runs = [first for first, *_ in same.values()]
 
-    # The slides' table, then the runs that it does not show
+    # The slides' table
     settings = {model: setting_runs(model, runs) for model in MODELS}
     rows = {f'Setting #{number}': report_row(seeds) if seeds else [TITLES[model]] + [''] * 12
             for number, (model, seeds) in enumerate(settings.items(), 1)}
-    shown = sum(settings.values(), [])
-    others = {run.folder.name: report_row([run]) for run in runs if run not in shown}
 
-    # Of several seeds the first one is plotted and summed up.
+    # Of several seeds the first one is plotted.
     own = [seeds[0] for seeds in settings.values() if seeds]
     if own:
         plot_accuracy(own, RESULTS / 'accuracy.png')
-    winner = max(own, key=lambda run: run.best['val_accuracy']).folder if own else RESULTS
-
-    # The summary: what a person wrote, then what the program computes
-    text = RESULTS / 'summary.txt'
-    paragraphs = text.read_text(encoding='utf-8').split('\n\n') if text.exists() else []
-    sentences = summary(own) if own else ["No run yet."]
-    synthetic = any(run.config.dataset != 'cifar10' for run in own)
+    best = sorted(own, key=lambda run: -run.best['val_accuracy'])
+    winner = best[0].folder if own else RESULTS
+    accuracies = [f"{title(run)} {run.best['val_accuracy']:.2f} %" for run in best]
+    paragraphs = read_text(RESULTS / 'summary.txt').split('\n\n')
     atomic_write(RESULTS / 'report.html', f"""{STYLE}
-<h1>{'NOT CIFAR-10 (synthetic): ' if synthetic else ''}CIFAR-10 Evaluation Report</h1>
+<h1>CIFAR-10 Evaluation Report</h1>
+<p>Validation accuracy: {', '.join(accuracies) or 'no run yet'}.</p>
 {html_table(COLUMNS, rows)}
 <h2>Validation dataset accuracy plot</h2>
 <div class="row">{''.join(html_picture(run.folder / 'accuracy.png') for run in own)}</div>
 <h2>Summary [결과 정리]</h2>
 {''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs)}
-<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>
 <div class="row">{html_picture(RESULTS / 'accuracy.png')}{html_picture(winner / 'confusion.png')}</div>
 {html_picture(winner / 'mistakes.png')}{html_picture(winner / 'samples.png')}
 {'<h2>How the accuracies were measured</h2>' if runs else ''}
-{html_table(PROTOCOL, {run.folder.name: protocol_row(run) for run in runs}) if runs else ''}
-{''.join(search_section(search) for search in searches if search)}
-{'<h2>Additional experiments</h2>' + html_table(COLUMNS, others) if others else ''}
+{html_table(PROTOCOL, {run.folder.name: protocol_row(run, same) for run in runs}) if runs else ''}
+{''.join(map(search_section, sorted(RESULTS.glob('*-search'))))}
 </html>
-""".encode())
+""".encode(errors='replace'))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -475,13 +491,18 @@ def write_report(runs):
 
 
 def read_picture(file):
-    """Any picture, turned upright: its middle square as (3, 32, 32) uint8."""
+    """Any picture as a viewer shows it, upright and over white: its middle square as (3, 32, 32) uint8."""
     with Image.open(file) as image:
-        if image.mode.startswith('I'):  # 16 bits a channel
-            image = image.point(lambda value: value / 256, 'L')
-        # Upright, then the middle square
-        image = ImageOps.exif_transpose(image).convert('RGB')
-        return pil_to_tensor(ImageOps.fit(image, (32, 32)))
+        image.draft(None, (256, 256))  # a huge JPEG is decoded at down to an eighth of its size
+        if image.mode[0] in 'IF':  # integers or floats of more than 8 bits
+            image = image.convert('I')
+            image = image.point(lambda value: value / 256) if image.getextrema()[1] > 255 else image
+        if image.mode in ('1', 'P', 'PA') or 'transparency' in image.info:
+            image = image.convert('RGBA')  # else it is not resampled well
+        # The middle square, upright, over white
+        image = ImageOps.exif_transpose(ImageOps.fit(image, (32, 32))).convert('RGBA')
+        white = Image.new('RGBA', image.size, 'white')
+        return pil_to_tensor(Image.alpha_composite(white, image).convert('RGB'))
 
 
 def predict_pictures(files, run, device):
@@ -491,7 +512,8 @@ def predict_pictures(files, run, device):
         try:
             image = read_picture(file).to(device)
         except Exception as error:  # whatever a damaged file makes the decoders raise
-            print(f"{file}: not a picture that can be read ({type(error).__name__})")
+            missing = isinstance(error, FileNotFoundError)
+            print(f"{file}: {'missing' if missing else f'not a picture that can be read ({error})'}")
             continue
         probability, label = predict(model, image[None])[0].softmax(0).max(0)
         print(f"{file}: {CLASSES[run.config.dataset][label]}, {probability:.1%} sure "
@@ -501,9 +523,11 @@ def predict_pictures(files, run, device):
 def evaluate_weights(options, device):
     """Print the accuracy of --weights on the validation images."""
     saved = load_file(options.weights, "give a file that torch.save(model.state_dict(), FILE) wrote")
-    # Our own files tell the network's hyperparameters; without them it is that of the slides.
-    record = saved.get('configuration', {}) if isinstance(saved, dict) else {}
-    model = build_model(Configuration.from_record({**record, 'model': options.model}), device)
+    try:
+        config = Configuration.from_record({**saved['configuration'], 'model': options.model})
+    except Exception:  # only our own files tell the network's hyperparameters; else it is that of the slides
+        config = Configuration(options.model)
+    model = build_model(config, device)
     load_weights(model, saved, options.weights)
     # The validation images of the slides
     _, data = data_load(options.dataset, options.data_dir, device=device, urls=options.data_url)
@@ -512,17 +536,17 @@ def evaluate_weights(options, device):
 
 
 def submit(name):
-    """Write <name>.zip with the whole code and the report. Raises UserError where it exists."""
-    root, file = Path(__file__).parent, Path(f'{name}.zip')
-    if file.exists():
-        raise UserError(f"{file} is there already: move it away, or submit under another name.")
-    with zipfile.ZipFile(file, 'x', zipfile.ZIP_DEFLATED) as archive:
+    """Write <name>.zip with the whole code and the report."""
+    root, content = Path(__file__).parent, io.BytesIO()
+    # Files of a date that a zip can't have get the nearest one.
+    with zipfile.ZipFile(content, 'w', zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
         # In a folder of that name
-        for pattern in ('*.py', '*.md', '*.txt', 'dataset/*.py', 'tests/*.py'):
+        for pattern in ('*.py', '*.md', '*.txt', '*.toml', 'LICENSE', 'dataset/*.py', 'tests/*.py'):
             for part in sorted(root.glob(pattern)):
                 archive.write(part, name / part.relative_to(root))
         archive.write(RESULTS / 'report.html', Path(name, 'report.html'))
-    print(f"{file} holds the code and the report.")
+    atomic_write(Path(f'{name}.zip'), content.getbuffer())
+    print(f"{name}.zip holds the code and the report.")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -538,19 +562,24 @@ def main(arguments=None):
     parser.add_argument('--predict', nargs='+', metavar='FILE', help="print the class of each picture")
     parser.add_argument('--submit', type=run_name, metavar='StudentID_Name', help="write a zip to hand in")
     options = parser.parse_args(arguments)
+    if options.submit and Path(f'{options.submit}.zip').exists():
+        raise UserError(f"{options.submit}.zip is there already: move it, or submit under another name.")
     device = choose_device()
     if options.weights:
         return evaluate_weights(options, device)
 
-    # The runs asked for: the named one, or all but a search's trials, which were there to choose only
+    # The runs asked for
     runs = read_runs()
-    asked = [run for run in runs if (run.folder.name == options.name if options.name else not is_trial(run))]
+    asked = [Run.read(RESULTS / options.name)] if options.name else runs
     trained = [run for run in asked if (run.folder / 'best.pt').exists()]
     if not trained and (options.name or options.predict):
         raise UserError(f"No run {options.name or ''} with weights is in {RESULTS}: train one first.")
     if options.predict:
-        best = max(trained, key=lambda run: run.best['val_accuracy'])
-        return predict_pictures(options.predict, best, device)
+        # Synthetic images taught nothing about real ones.
+        best = max(trained, key=lambda run: (run.config.dataset == 'cifar10', run.best['val_accuracy']))
+        # Windows leaves it to the program to find the files that *.jpg means.
+        files = [file for name in options.predict for file in sorted(glob(name)) or [name]]
+        return predict_pictures(files, best, device)
 
     # Figures and accuracies of each run, then the report
     for run in asked:
@@ -559,7 +588,7 @@ def main(arguments=None):
         try:
             evaluate_run(run, options.data_dir, device)
         except UserError as error:
-            print(f"{run.folder.name} was not recomputed. {error}")
+            print_once(f"Not all accuracies are recomputed: {error}")
     write_report(runs)
     print(f"The report is {RESULTS / 'report.html'}.")
     if options.submit:

@@ -26,7 +26,9 @@ from CIFAR10_configuration import (
     UserError,
     atomic_write,
     flag,
+    lock,
     parse_configuration,
+    print_once,
     print_progress,
     run_script,
 )
@@ -39,11 +41,6 @@ from CIFAR10_evaluation import (
     load_file,
 )
 from dataset import data_load, training_batches
-
-if os.name == 'nt':
-    import msvcrt
-else:
-    import fcntl
 
 # torchrun tells each process its rank, its rank on this machine, and how many there are; alone it is 0 of 1.
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
@@ -100,20 +97,6 @@ def should_stop(config, history):
 # Checkpoint
 
 
-def lock_folder(folder):
-    """Make this process the only one to write a run, until the file that is returned is closed."""
-    file = open(folder / 'lock', 'a')  # the operating system unlocks it when the process ends, however
-    try:
-        if os.name == 'nt':
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{folder} can't be used, as another process is writing there: wait for it, or give "
-                        "another --name.") from None
-    return file
-
-
 def save_checkpoint(run, model, optimizer):
     """Write best.pt if the last epoch was the best one, the record, and last.pt."""
     def save(name, **content):
@@ -126,7 +109,13 @@ def save_checkpoint(run, model, optimizer):
     if run.history:
         if run.best is run.history[-1]:
             save('best.pt', epoch=len(run.history), model_state_dict=model.state_dict())
-        run.write()
+        try:
+            run.write()
+        except UserError:  # a spreadsheet may have history.csv open
+            if should_stop(run.config, run.history):
+                raise
+            print_once(f"A program that has a file of {run.folder} open keeps the record from being written: "
+                       "training goes on, and tries it again after the next epoch.")
     # It comes last, as it decides where a run goes on: what is before it is then written again.
     save('last.pt', history=run.history, model=model.state_dict(), optimizer=optimizer.state_dict())
 
@@ -158,25 +147,25 @@ def open_run(name, config, restart):
     """
     folders = [RESULTS / name, *(RESULTS / f'{name}-{number}' for number in range(2, 1000))]
     if restart and folders[0].exists():
-        lock_folder(folders[0]).close()  # nobody is writing there
+        lock(folders[0] / 'lock').close()  # nobody is writing there
         aside = next(folder for folder in folders if not folder.exists())
         folders[0].rename(aside)
         print(f"The run that was in {folders[0]} is now in {aside}.")
     # The first folder that is new, or holds an unfinished run
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
+        held = lock(folder / 'lock')
         if (folder / 'last.pt').exists():
             checkpoint, finished = load_checkpoint(folder / 'last.pt', config)
             if not finished:
                 epoch = len(checkpoint['history']) + 1
                 print(f"Continuing {folder.name} at epoch {epoch} of {config.epochs}.")
-                return folder, checkpoint, lock
+                return folder, checkpoint, held
         elif not any((folder / name).exists() for name in ('config.json', 'best.pt')):
             if folder != folders[0]:
                 print(f"{folders[0]} holds a finished run, which stays: this one goes to {folder}.")
-            return folder, None, lock
-        lock.close()
+            return folder, None, held
+        held.close()
 
 
 def resume(run, model, optimizer, checkpoint):
@@ -230,12 +219,17 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
     return mean_loss, accuracy * 100
 
 
-def print_step(config, epoch, step, steps, loss, rate, seconds):
-    """Show how far the training is. Raises UserError where its loss is not finite."""
-    where = f"epoch {epoch + 1}/{config.epochs}  step {step}/{steps}"
+def check_loss(loss, where, rate):
+    """Raise UserError unless a loss is finite."""
     if not math.isfinite(loss):
         raise UserError(f"The loss is {loss} at {where}, learning rate {rate:.2g}: begin anew with --restart "
                         "and a smaller --learning-rate; the best weights so far are kept.")
+
+
+def print_step(config, epoch, step, steps, loss, rate, seconds):
+    """Show how far the training is. Raises UserError where its loss is not finite."""
+    where = f"epoch {epoch + 1}/{config.epochs}  step {step}/{steps}"
+    check_loss(loss, where, rate)
     minutes_left = seconds / step * (steps * (config.epochs - epoch) - step) / 60
     print_progress(f"{where}  loss {loss:.3f}  learning rate {rate:.2g}  "
                    f"{step * config.batch_size / seconds:,.0f} images/s  {minutes_left:.1f} min left")
@@ -283,11 +277,23 @@ def from_process_0(*values):
 
 
 def print_epoch(run):
-    """Print the results of the last epoch and of the best one."""
+    """Print the results of the last epoch and of the best one, and advice where nothing is learned."""
     last, best = run.history[-1], run.best
     print_progress(f"epoch {last['epoch']}/{run.config.epochs}  train loss {last['train_loss']:.3f}  "
                    f"validation accuracy {last['val_accuracy']:.2f} %  best {best['val_accuracy']:.2f} % "
                    f"(epoch {best['epoch']})", done=True)
+    if last['epoch'] >= 3 and max(row['train_accuracy'] for row in run.history[-3:]) < 11:
+        print_once("Three epochs were no better than chance, 10 %: usually a --learning-rate ten times "
+                   "smaller or larger helps, or --activation relu.")
+
+
+def print_end(run):
+    """Print why the training ended and what came out."""
+    best, last = run.best, run.history[-1]
+    if last['epoch'] < run.config.epochs:
+        print(f"Stopped early: nothing better than epoch {best['epoch']} in {run.config.patience} epochs.")
+    print(f"Best validation accuracy {best['val_accuracy']:.2f} % at epoch {best['epoch']}, after "
+          f"{last['seconds'] / 60:.1f} minutes; weights and history are in {run.folder}.")
 
 
 def train(name, config, options, device):
@@ -301,7 +307,7 @@ def train(name, config, options, device):
     optimizer = build_optimizer(model, config)
 
     # Resume: process 0 finds the run's folder and checkpoint, and tells the others.
-    folder, checkpoint, lock = open_run(name, config, options.restart) if RANK == 0 else [None] * 3
+    folder, checkpoint, held = open_run(name, config, options.restart) if RANK == 0 else [None] * 3
     folder, checkpoint = from_process_0(folder, checkpoint)
     run = Run(folder, config, describe_machine(device), [])
     resume(run, model, optimizer, checkpoint)
@@ -319,15 +325,14 @@ def train(name, config, options, device):
         # All go by the results of process 0, as batch norm's running means differ a little.
         results = from_process_0(len(run.history) + 1, optimizer.param_groups[0]['lr'], *train_results,
                                  *evaluate(model, val_data), time.time() - began)
-        run.history.append(dict(zip(HISTORY, results, strict=True)))
+        row = dict(zip(HISTORY, results, strict=True))
+        check_loss(row['val_loss'], f"the validation of epoch {row['epoch']}", row['learning_rate'])
+        run.history.append(row)
         save_checkpoint(run, model, optimizer)
         print_epoch(run)  # when it is saved
-    if len(run.history) < config.epochs:
-        print(f"Stopped early: nothing better than epoch {run.best['epoch']} in {config.patience} epochs.")
-    print(f"Best validation accuracy {run.best['val_accuracy']:.2f} % at epoch {run.best['epoch']}, after "
-          f"{run.history[-1]['seconds'] / 60:.1f} minutes; weights and history are in {run.folder}.")
-    if lock:
-        lock.close()
+    print_end(run)
+    if held:
+        held.close()
     return run
 
 
@@ -354,7 +359,7 @@ def search(name, config, options, device):
                         "--holdout 5000, and name a new search with --name instead of --restart.")
     runs = []
     for trial in range(1, options.search + 1):
-        trial_name, trial_config = f'{name}-search-{trial:02}', sample_trial(config, trial)
+        trial_name, trial_config = f'{name}-search/{trial:02}', sample_trial(config, trial)
         found = [Run.read(file.parent) for file in RESULTS.glob(f'{trial_name}*/config.json')]
         done = [run for run in found if run.config == trial_config and should_stop(run.config, run.history)]
         runs.append(done[0] if done else train(trial_name, trial_config, options, device))
@@ -371,8 +376,11 @@ def main():
     if WORLD_SIZE > 1:
         dist.init_process_group()
     if RANK > 0:
-        sys.stdout = open(os.devnull, 'w')  # one speaks for all
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one speaks for all
     print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device.type}")
+    if shutil.which('nvidia-smi') and not torch.version.cuda:
+        print(f"PyTorch {torch.__version__} is built without CUDA, so this machine's NVIDIA GPU is not used: "
+              "pytorch.org has the command that installs one with it.")
     if config.dataset != 'cifar10':
         print("These are synthetic images, NOT CIFAR-10.")
     try:
@@ -385,7 +393,8 @@ def main():
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        CIFAR10_evaluation.main(['--name', run.folder.name, '--data-dir', str(options.data_dir)])
+        CIFAR10_evaluation.main(
+            ['--name', str(run.folder.relative_to(RESULTS)), '--data-dir', options.data_dir])
 
 
 if __name__ == '__main__':

@@ -1,13 +1,15 @@
 """Fetch CIFAR-10's archive from the first mirror that delivers the official bytes."""
 import http.client
 import os
+import tempfile
 import time
 import urllib.request
+from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 
-from CIFAR10_configuration import UserError, print_progress
+from CIFAR10_configuration import UserError, lock, print_progress
 
 ARCHIVE = 'cifar-10-python.tar.gz'
 SIZE = 170_498_071  # bytes
@@ -27,38 +29,39 @@ def ensure_cifar10(data_dir, urls):
     Raises UserError where neither the archive in data_dir nor any URL gives them.
     """
     base, archive = data_dir / CIFAR10.base_folder, data_dir / ARCHIVE
-    files = CIFAR10.train_list + CIFAR10.test_list + [[CIFAR10.meta['filename'], CIFAR10.meta['md5']]]
-    bad = [base / name for name, md5 in files if not check_integrity(base / name, md5)]
-    for file in bad:
-        if file.exists():
-            print(f"{file} is damaged: it is written anew.")
-    if bad:
-        if not check_integrity(archive, CIFAR10.tgz_md5):
-            fetch(archive, MIRRORS if urls is None else urls)
-        extract_archive(archive, data_dir)
+    if not check_integrity(archive, CIFAR10.tgz_md5):
+        fetch(archive, MIRRORS if urls is None else urls)
+    if base.exists():
+        print(f"{base} is damaged: it is written anew.")
+    # Unpacked aside, then each file is moved whole, as other processes may do the same.
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix='cifar-10-') as aside:
+        extract_archive(archive, aside)
+        base.mkdir(exist_ok=True)
+        for file in Path(aside, base.name).iterdir():
+            os.replace(file, base / file.name)
 
 
 def fetch(archive, urls):
     """Download the archive from the first URL that delivers it whole; a .part file keeps what came so far."""
-    part = archive.with_suffix('.part')
+    part, why = archive.with_suffix('.part'), ''
     for url in urls:
         archive.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if not check_integrity(part, CIFAR10.tgz_md5):
+            with lock(archive.with_suffix('.lock'), wait=True):  # until another process has fetched it
+                if check_integrity(archive, CIFAR10.tgz_md5):
+                    return
                 download(url, part, SLOW if url != urls[-1] else 0)  # nothing comes after the last one
-            if not check_integrity(part, CIFAR10.tgz_md5):
-                part.unlink()
-                raise ValueError("it sent something else than the official archive")
+                if not check_integrity(part, CIFAR10.tgz_md5):
+                    part.unlink()
+                    raise ValueError("it sent something else than the official archive")
+                if archive.exists():  # the user's own, and damaged
+                    os.replace(archive, archive.with_suffix('.damaged'))
+                return os.replace(part, archive)
         except (OSError, ValueError, http.client.HTTPException) as error:
             print_progress(f"No images from {url}: {error}.", done=True)
-            continue
-        if archive.exists():  # the user's own, and damaged
-            os.replace(archive, archive.with_suffix('.damaged'))
-        os.replace(part, archive)
-        return
-    raise UserError(f"CIFAR-10 is not in {archive.parent}{' and no server gave it' if urls else ''}: put "
-                    f"{ARCHIVE} there, or name its folder with --data-dir, or a server with --data-url, or "
-                    "try --dataset synthetic.")
+            why = f" and no server gave it (the last one: {error})"
+    raise UserError(f"CIFAR-10 is not in {archive.parent}{why}: put {ARCHIVE} there, or name its folder with "
+                    "--data-dir, or a server with --data-url, or try --dataset synthetic.")
 
 
 def download(url, part, slow):

@@ -22,7 +22,7 @@ from torchvision.datasets import CIFAR10
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from CIFAR10_configuration import run_script  # noqa: E402
+from CIFAR10_configuration import print_once, run_script  # noqa: E402
 from dataset import download, synthetic  # noqa: E402
 
 synthetic.generate = functools.cache(synthetic.generate)  # it gives the same images each time, after a second
@@ -51,6 +51,7 @@ def script(folder, name, *options):
     """The same within this process, for a new one takes seconds to import PyTorch."""
     module, output, errors = importlib.import_module(Path(name).stem), io.StringIO(), io.StringIO()
     code = 0
+    print_once.cache_clear()
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(output),

@@ -157,7 +157,7 @@ def test_a_damaged_batch_is_named_and_written_anew(small_cifar10, server, capsys
     for bad in (good[:-1], b'', bytes(len(good))):
         batch.write_bytes(bad)
         data_load('cifar10', small_cifar10, urls=())
-        assert 'data_batch_3 is damaged' in capsys.readouterr().out and batch.read_bytes() == good
+        assert 'cifar-10-batches-py is damaged' in capsys.readouterr().out and batch.read_bytes() == good
     (small_cifar10 / download.ARCHIVE).write_bytes(b'<html>')
     batch.write_bytes(b'')
     with pytest.raises(UserError):
