@@ -150,7 +150,7 @@ class Parser(argparse.ArgumentParser):
 def run_name(text):
     """A text that can name a folder or a file anywhere, as it is."""
     reserved = re.match(r'(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)', text, re.IGNORECASE)  # by Windows
-    if reserved or not re.fullmatch(r'\w[\w-]*(\.[\w-]+)*', text) or len(text) > 100:
+    if reserved or not re.fullmatch(r'\w[\w-]*(\.[\w-]+)*', text) or len(text.encode()) > 100:
         raise argparse.ArgumentTypeError("use letters, digits, '-', '_' and inner dots, and no name of a "
                                          f"Windows device, not {text!r}")
     return text
@@ -234,7 +234,7 @@ class Run:
             return Run(folder, Configuration.from_record(record['configuration']),
                        dict(record['machine']), history)
         except Exception as error:  # whatever a damaged record can raise
-            raise UserError(f"{folder} holds no readable run ({error}): mend or move it.") from None
+            raise UserError(f"{folder} holds no readable run ({error}): train it or move it.") from None
 
 
 def atomic_write(file, content):
@@ -245,7 +245,7 @@ def atomic_write(file, content):
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        # Windows refuses as long as another program has the file open.
+        # For three seconds, as Windows refuses while another program has the file open
         for _ in range(30):
             with contextlib.suppress(PermissionError):
                 return os.replace(part, file)
@@ -260,7 +260,8 @@ def atomic_write(file, content):
 def lock(file, wait=False):
     """Open a file as the only process that may write in its folder, until the file is closed.
 
-    Raises UserError where another process has it. A file system without locks lets every process have it.
+    Where another process has it, wait for that one or raise UserError. A file system without locks lets
+    every process have it.
     """
     stream = open(file, 'a')  # the operating system unlocks it when the process ends, however
     try:
@@ -269,13 +270,13 @@ def lock(file, wait=False):
         else:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # all others: there are no locks
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # others mean that there are no locks
             raise UserError(f"{file.parent} can't be used, as another process is writing there: wait for it, "
                             "or name another folder.") from None
     return stream
 
 
-print_once = functools.cache(print)  # prints what it did not print before
+print_once = functools.cache(print)  # a text that it printed before is in the cache, and not printed again
 
 
 def print_progress(line, done=False):
@@ -293,7 +294,7 @@ def run_script(main):
     """Call a script's main function; a user's mistake ends it with one sentence and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # Jupyter's has no reconfigure
-            stream.reconfigure(errors='replace')  # letters that the console lacks
+            stream.reconfigure(errors='replace')  # a question mark for a letter that the console lacks
     try:
         main()
     except KeyboardInterrupt:

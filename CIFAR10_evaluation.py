@@ -100,7 +100,7 @@ def build_model(config, device):
 # What weights_only=True may make beside tensors: NumPy's numbers, as many files have one for the accuracy
 MAKE_NUMBER = np.float64().__reduce__()[0]  # the function that their pickles call
 NUMBERS = [MAKE_NUMBER, (MAKE_NUMBER, 'numpy.core.multiarray.scalar'),  # its name before NumPy 2
-           np.dtype, *map(type, map(np.dtype, np.typecodes['All']))]
+           np.dtype, *map(type, map(np.dtype, '?bhilqBHILQefdg'))]  # booleans, integers and floats
 
 
 def load_file(file, hint):
@@ -113,12 +113,12 @@ def load_file(file, hint):
 
 
 def state_dicts(saved):
-    """Yield the tensors of every dict in what a file held, however deep, as a dict by their names."""
-    if isinstance(saved, (list, tuple)):
-        saved = dict(enumerate(saved))
+    """Yield for each dict in what a file held, however deep it stands, its tensors by their names."""
     if isinstance(saved, dict):
         yield {str(name): value for name, value in saved.items() if torch.is_tensor(value)}
-        for value in saved.values():
+        saved = list(saved.values())
+    if isinstance(saved, (list, tuple)):
+        for value in saved:
             yield from state_dicts(value)
 
 
@@ -133,6 +133,7 @@ def load_weights(model, saved, file):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
+        # Its second line is the first complaint, of which the first name is enough.
         first = str(error).splitlines()[1].split(', "')[0].strip()
         raise UserError(f"{file} does not fit {type(model).__name__} ({first}): choose the --model that the "
                         "weights belong to.") from None
@@ -177,7 +178,7 @@ def evaluate_run(run, data_dir, device):
         test_data = data_load(config.dataset, data_dir, device=device, urls=())[1]
         found['test_accuracy'] = evaluate(model, test_data)[1]
     atomic_write(run.folder / 'evaluation.json', json.dumps(found).encode())
-    print(f"{run.folder.name}: {found['accuracy']:.2f} % recomputed, "
+    print(f"{run.folder.relative_to(RESULTS)}: {found['accuracy']:.2f} % recomputed, "
           f"{run.best['val_accuracy']:.2f} % recorded.")
 
     plot_confusion(run, labels, predicted)
@@ -368,26 +369,35 @@ def report_row(runs):
 
 
 def compare(rerun, run, seeds):
-    """A sentence on whether a rerun gave a run's accuracy again, or differs no more than other seeds do."""
+    """A sentence on whether a rerun gave a run's accuracy again, or differs no more than seeds do.
+
+    seeds are the accuracies, in percent, of the runs that differ only in their seed.
+    """
     difference = rerun.best['val_accuracy'] - run.best['val_accuracy']
+    verdict = "with no other seed to compare"
+    if len(seeds) > 1:
+        verdict = f"within two deviations of the seeds ({mean_std(seeds, 2)} %)"
+        if abs(difference) > 2 * statistics.stdev(seeds):
+            verdict = "NOT " + verdict
     if abs(difference) < 0.005:
-        return f"{rerun.folder.name} gave the accuracy of {run.folder.name} again, to the digit."
-    again = "again within" if abs(difference) <= 2 * statistics.pstdev(seeds) else "NOT again within"
-    machine = "the same" if rerun.machine == run.machine else "another"
-    return (f"{rerun.folder.name} gave the accuracy of {run.folder.name} {again} the spread of the seeds, "
-            f"{mean_std(seeds, 2)} %, with {difference:+.2f} points on {machine} kind of machine.")
+        verdict = "the same to the digit"
+    return (f"{rerun.folder.name} repeats {run.folder.name}: {rerun.best['val_accuracy']:.2f} % in "
+            f"{len(rerun.history)} epochs, {difference:+.2f} points, {verdict}, on "
+            f"{'the same' if rerun.machine == run.machine else 'another'} kind of machine.")
 
 
-def protocol_row(run, same):
-    """The cells under PROTOCOL, as text, from the runs of each configuration, of which the first is shown."""
+def protocol_row(run, by_config):
+    """The cells under PROTOCOL, as text, of a run; by_config has the runs of each configuration."""
     config, holdout, best = run.config, run.config.holdout, run.best
-    options = [f'{flag(name)} {getattr(config, name)}' for name in config.differences(SETTINGS[config.model])]
+    # As they are given on the command line
+    options = [f'{flag(name)} {str(getattr(config, name)).strip("()").replace(",", "")}'
+               for name in config.differences(SETTINGS[config.model])]
     drops = [f"{before['val_accuracy']:.2f} % to {after['val_accuracy']:.2f} % at epoch {after['epoch']:.0f}"
              for before, after in learning_rate_drops(run)]
-    # How far it may differ from its reruns
-    seeds = [first.best['val_accuracy'] for other, (first, *_) in same.items()
+    # Its reruns, and the seeds by whose spread they may differ
+    seeds = [first.best['val_accuracy'] for other, (first, *_) in by_config.items()
              if config.differences(other) in ([], ['seed'])]
-    reruns = [compare(rerun, run, seeds) for rerun in same[config][1:]]
+    reruns = [compare(rerun, run, seeds) for rerun in by_config[config][1:]]
     for sentence in reruns:
         print(sentence)
     try:
@@ -451,10 +461,10 @@ def write_report(runs):
     """Write results/report.html, a single file with the runs' figures inside, from a list of runs."""
     RESULTS.mkdir(exist_ok=True)
     # The runs of each configuration: the first one counts, the others are reruns of it.
-    same = {}
+    by_config = {}
     for run in runs:
-        same.setdefault(run.config, []).append(run)
-    runs = [first for first, *_ in same.values()]
+        by_config.setdefault(run.config, []).append(run)
+    runs = [first for first, *_ in by_config.values()]
 
     # The slides' table
     settings = {model: setting_runs(model, runs) for model in MODELS}
@@ -462,25 +472,24 @@ def write_report(runs):
             for number, (model, seeds) in enumerate(settings.items(), 1)}
 
     # Of several seeds the first one is plotted.
-    own = [seeds[0] for seeds in settings.values() if seeds]
-    if own:
-        plot_accuracy(own, RESULTS / 'accuracy.png')
-    best = sorted(own, key=lambda run: -run.best['val_accuracy'])
-    winner = best[0].folder if own else RESULTS
-    accuracies = [f"{title(run)} {run.best['val_accuracy']:.2f} %" for run in best]
+    shown = [seeds[0] for seeds in settings.values() if seeds]
+    if shown:
+        plot_accuracy(shown, RESULTS / 'accuracy.png')
+    ranking = sorted(shown, key=lambda run: -run.best['val_accuracy'])
+    winner = ranking[0].folder if shown else RESULTS
     paragraphs = read_text(RESULTS / 'summary.txt').split('\n\n')
     atomic_write(RESULTS / 'report.html', f"""{STYLE}
 <h1>CIFAR-10 Evaluation Report</h1>
-<p>Validation accuracy: {', '.join(accuracies) or 'no run yet'}.</p>
+<p>Validation accuracy: {', '.join(f"{title(run)} {run.best['val_accuracy']:.2f} %" for run in ranking)}.</p>
 {html_table(COLUMNS, rows)}
 <h2>Validation dataset accuracy plot</h2>
-<div class="row">{''.join(html_picture(run.folder / 'accuracy.png') for run in own)}</div>
+<div class="row">{''.join(html_picture(run.folder / 'accuracy.png') for run in shown)}</div>
 <h2>Summary [결과 정리]</h2>
-{''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs)}
+{''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs if paragraph)}
 <div class="row">{html_picture(RESULTS / 'accuracy.png')}{html_picture(winner / 'confusion.png')}</div>
 {html_picture(winner / 'mistakes.png')}{html_picture(winner / 'samples.png')}
 {'<h2>How the accuracies were measured</h2>' if runs else ''}
-{html_table(PROTOCOL, {run.folder.name: protocol_row(run, same) for run in runs}) if runs else ''}
+{html_table(PROTOCOL, {run.folder.name: protocol_row(run, by_config) for run in runs}) if runs else ''}
 {''.join(map(search_section, sorted(RESULTS.glob('*-search'))))}
 </html>
 """.encode(errors='replace'))
@@ -505,15 +514,20 @@ def read_picture(file):
         return pil_to_tensor(Image.alpha_composite(white, image).convert('RGB'))
 
 
-def predict_pictures(files, run, device):
+def predict_pictures(names, run, device):
     """Print the class of each picture and its probability, by a run's best weights."""
     model = load_best(run, device)
+    # Windows leaves it to the program to find the files that *.jpg means.
+    files = [file for name in names
+             for file in os.path.exists(name) and [name] or sorted(glob(name)) or [name]]
     for file in files:
         try:
             image = read_picture(file).to(device)
+        except FileNotFoundError:
+            print(f"{file}: missing")
+            continue
         except Exception as error:  # whatever a damaged file makes the decoders raise
-            missing = isinstance(error, FileNotFoundError)
-            print(f"{file}: {'missing' if missing else f'not a picture that can be read ({error})'}")
+            print(f"{file}: not a picture that can be read ({error})")
             continue
         probability, label = predict(model, image[None])[0].softmax(0).max(0)
         print(f"{file}: {CLASSES[run.config.dataset][label]}, {probability:.1%} sure "
@@ -577,9 +591,7 @@ def main(arguments=None):
     if options.predict:
         # Synthetic images taught nothing about real ones.
         best = max(trained, key=lambda run: (run.config.dataset == 'cifar10', run.best['val_accuracy']))
-        # Windows leaves it to the program to find the files that *.jpg means.
-        files = [file for name in options.predict for file in sorted(glob(name)) or [name]]
-        return predict_pictures(files, best, device)
+        return predict_pictures(options.predict, best, device)
 
     # Figures and accuracies of each run, then the report
     for run in asked:

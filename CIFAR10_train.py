@@ -112,10 +112,10 @@ def save_checkpoint(run, model, optimizer):
         try:
             run.write()
         except UserError:  # a spreadsheet may have history.csv open
-            if should_stop(run.config, run.history):
+            if should_stop(run.config, run.history):  # there is no later epoch to write it
                 raise
-            print_once(f"A program that has a file of {run.folder} open keeps the record from being written: "
-                       "training goes on, and tries it again after the next epoch.")
+            print_once(f"\nThe record in {run.folder} can't be written now, as another program may have it "
+                       "open: training goes on, and tries it again after the next epoch.")
     # It comes last, as it decides where a run goes on: what is before it is then written again.
     save('last.pt', history=run.history, model=model.state_dict(), optimizer=optimizer.state_dict())
 
@@ -159,7 +159,7 @@ def open_run(name, config, restart):
             checkpoint, finished = load_checkpoint(folder / 'last.pt', config)
             if not finished:
                 epoch = len(checkpoint['history']) + 1
-                print(f"Continuing {folder.name} at epoch {epoch} of {config.epochs}.")
+                print(f"Continuing {folder.relative_to(RESULTS)} at epoch {epoch} of {config.epochs}.")
                 return folder, checkpoint, held
         elif not any((folder / name).exists() for name in ('config.json', 'best.pt')):
             if folder != folders[0]:
@@ -284,7 +284,7 @@ def print_epoch(run):
                    f"(epoch {best['epoch']})", done=True)
     if last['epoch'] >= 3 and max(row['train_accuracy'] for row in run.history[-3:]) < 11:
         print_once("Three epochs were no better than chance, 10 %: usually a --learning-rate ten times "
-                   "smaller or larger helps, or --activation relu.")
+                   "smaller or larger helps, or --activation relu for MLP and LeNet-5.")
 
 
 def print_end(run):

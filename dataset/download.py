@@ -9,7 +9,7 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 
-from CIFAR10_configuration import UserError, lock, print_progress
+from CIFAR10_configuration import UserError, lock, print_once, print_progress
 
 ARCHIVE = 'cifar-10-python.tar.gz'
 SIZE = 170_498_071  # bytes
@@ -24,15 +24,15 @@ SLOW = 200_000  # bytes a second below which it is given up
 
 
 def ensure_cifar10(data_dir, urls):
-    """Make sure that data_dir holds CIFAR-10's batch files, each with its official MD5 sum.
+    """Unpack CIFAR-10's archive in data_dir, fetched unless its MD5 sum is right.
 
     Raises UserError where neither the archive in data_dir nor any URL gives them.
     """
     base, archive = data_dir / CIFAR10.base_folder, data_dir / ARCHIVE
+    if base.exists():
+        print_once(f"{base} is damaged, and is unpacked anew.")
     if not check_integrity(archive, CIFAR10.tgz_md5):
         fetch(archive, MIRRORS if urls is None else urls)
-    if base.exists():
-        print(f"{base} is damaged: it is written anew.")
     # Unpacked aside, then each file is moved whole, as other processes may do the same.
     with tempfile.TemporaryDirectory(dir=data_dir, prefix='cifar-10-') as aside:
         extract_archive(archive, aside)
@@ -45,7 +45,7 @@ def fetch(archive, urls):
     """Download the archive from the first URL that delivers it whole; a .part file keeps what came so far."""
     part, why = archive.with_suffix('.part'), ''
     for url in urls:
-        archive.parent.mkdir(parents=True, exist_ok=True)
+        archive.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to fetch
         try:
             with lock(archive.with_suffix('.lock'), wait=True):  # until another process has fetched it
                 if check_integrity(archive, CIFAR10.tgz_md5):

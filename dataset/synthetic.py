@@ -1,4 +1,4 @@
-"""Ten classes of small images made by the program: stripes and checks, told apart by how many there are."""
+"""Ten classes of small images made by the program: stripes and checks of several widths."""
 import numpy as np
 import torch
 
@@ -20,7 +20,8 @@ def generate(train):
     x, y = np.arange(32), np.arange(32)[:, None]
     disc = np.hypot(x - rng.uniform(10, 22, (count, 1, 1)), y - rng.uniform(10, 22, (count, 1, 1))) < 10
 
-    # In it a wave in each direction, which begins anywhere; where their product is positive makes checks.
+    # In it a wave across and one down, each with a random start. Where their product is positive are checks,
+    # or stripes where one of them has no waves.
     across, down = 2 * np.pi * (np.array(STRIPES)[labels].T[..., None, None] / 32)
     start = rng.uniform(0, 32, (2, count, 1, 1))
     checks = np.cos(across * (x - start[0])) * np.cos(down * (y - start[1])) > 0
