@@ -215,6 +215,16 @@ class Run:
         """The early-stopping epoch: the first one with the highest validation accuracy."""
         return max(self.history, key=lambda row: row['val_accuracy'])
 
+    @property
+    def accuracy(self):
+        """The validation accuracy of the early-stopping epoch, in percent."""
+        return self.best['val_accuracy']
+
+    @property
+    def last(self):
+        """The last epoch so far."""
+        return self.history[-1]
+
     def write(self):
         """Write config.json and history.csv."""
         record = dict(configuration=asdict(self.config), machine=self.machine)

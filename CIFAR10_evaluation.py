@@ -6,6 +6,7 @@
     python CIFAR10_evaluation.py --submit StudentID_Name          StudentID_Name.zip to hand in
 """
 import base64
+import contextlib
 import io
 import json
 import os
@@ -115,7 +116,9 @@ def load_file(file, hint):
 def state_dicts(saved):
     """Yield for each dict in what a file held, however deep it stands, its tensors by their names."""
     if isinstance(saved, dict):
-        yield {str(name): value for name, value in saved.items() if torch.is_tensor(value)}
+        # DataParallel, torch.compile, Lightning and others put a word of theirs before each name.
+        words = r'^((module|_orig_mod|model|net|network|backbone|_forward_module)\.)+'
+        yield {re.sub(words, '', str(name)): value for name, value in saved.items() if torch.is_tensor(value)}
         saved = list(saved.values())
     if isinstance(saved, (list, tuple)):
         for value in saved:
@@ -127,9 +130,9 @@ def load_weights(model, saved, file):
 
     Raises UserError that names the first layer that does not fit.
     """
-    state = max(state_dicts(saved), key=len, default={})  # an optimizer's dicts are small
-    # DataParallel, torch.compile and Lightning put a word of theirs before each name.
-    state = {re.sub(r'^((module|_orig_mod|model|net)\.)+', '', name): state[name] for name in state}
+    # The dict that has most of the model's names; of an optimizer's or a teacher's it has few.
+    state = max(state_dicts(saved), default={},
+                key=lambda state: len(state.keys() & model.state_dict().keys()))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -179,7 +182,7 @@ def evaluate_run(run, data_dir, device):
         found['test_accuracy'] = evaluate(model, test_data)[1]
     atomic_write(run.folder / 'evaluation.json', json.dumps(found).encode())
     print(f"{run.folder.relative_to(RESULTS)}: {found['accuracy']:.2f} % recomputed, "
-          f"{run.best['val_accuracy']:.2f} % recorded.")
+          f"{run.accuracy:.2f} % recorded.")
 
     plot_confusion(run, labels, predicted)
     plot_mistakes(run, images, labels, predicted, confidence)
@@ -218,8 +221,8 @@ def plot_accuracy(runs, file):
         best, accuracies = run.best, [row['val_accuracy'] for row in run.history]
         axes.plot(range(1, len(accuracies) + 1), accuracies, '.-', color=f'C{MODELS.index(run.config.model)}',
                   label=title(run))
-        axes.plot(best['epoch'], best['val_accuracy'], 'k*',
-                  label=f"{best['val_accuracy']:.2f} % at epoch {best['epoch']:.0f}")
+        axes.plot(best['epoch'], run.accuracy, 'k*',
+                  label=f"{run.accuracy:.2f} % at epoch {best['epoch']:.0f}")
     # A dotted line at each drop, where it does not cross other runs
     for before, after in learning_rate_drops(runs[0]) if len(runs) == 1 else []:
         axes.axvline(after['epoch'] - 0.5, color='grey', linestyle=':',
@@ -310,10 +313,9 @@ td:nth-child(-n+2), td:last-child { font-weight: bold } td:nth-child(-n+2) { whi
 
 
 def read_runs(folder=RESULTS):
-    """The runs in a folder, those named after a model first, then the oldest; unreadable ones are named."""
+    """The runs in a folder, the oldest first; those that can't be read are named and left out."""
     runs = []
-    for file in sorted(folder.glob('*/config.json'),
-                       key=lambda file: (file.parent.name not in MODELS, file.stat().st_mtime, file)):
+    for file in sorted(sorted(folder.glob('*/config.json')), key=os.path.getmtime):
         try:
             runs.append(Run.read(file.parent))
         except UserError as error:
@@ -334,9 +336,9 @@ def read_text(file):
 
 def setting_runs(model, runs):
     """The run that shows a setting, and those that differ from it only in their seed; or none."""
-    # Rather one on CIFAR-10 than on synthetic images
+    # Rather one on CIFAR-10 than on synthetic images, rather one with the setting's options than with others
     ranked = sorted((run for run in runs if run.config.model == model),
-                    key=lambda run: run.config.dataset != 'cifar10')
+                    key=lambda run: (run.config.dataset, len(run.config.differences(SETTINGS[model]))))
     return ranked[:1] + [run for run in ranked if run.config.differences(ranked[0].config) == ['seed']]
 
 
@@ -362,9 +364,9 @@ def report_row(runs):
         f'{config.momentum:g}',
         f"{config.weight_decay or 'X'}",
         f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay,
-        mean_std([run.history[-1]['seconds'] / 60 for run in runs], 1),  # minutes
+        mean_std([run.last['seconds'] / 60 for run in runs], 1),  # minutes
         ', '.join(f"{run.best['epoch']:.0f}" for run in runs),
-        f"{mean_std([run.best['val_accuracy'] for run in runs], 2)} %{seeds}",
+        f"{mean_std([run.accuracy for run in runs], 2)} %{seeds}",
     ]
 
 
@@ -373,7 +375,7 @@ def compare(rerun, run, seeds):
 
     seeds are the accuracies, in percent, of the runs that differ only in their seed.
     """
-    difference = rerun.best['val_accuracy'] - run.best['val_accuracy']
+    difference = rerun.accuracy - run.accuracy
     verdict = "with no other seed to compare"
     if len(seeds) > 1:
         verdict = f"within two deviations of the seeds ({mean_std(seeds, 2)} %)"
@@ -381,8 +383,8 @@ def compare(rerun, run, seeds):
             verdict = "NOT " + verdict
     if abs(difference) < 0.005:
         verdict = "the same to the digit"
-    return (f"{rerun.folder.name} repeats {run.folder.name}: {rerun.best['val_accuracy']:.2f} % in "
-            f"{len(rerun.history)} epochs, {difference:+.2f} points, {verdict}, on "
+    return (f"{rerun.folder.name} repeats {run.folder.name}: {rerun.accuracy:.2f} % in "
+            f"{len(rerun.history)} of {rerun.config.epochs} epochs, {difference:+.2f} points, {verdict}, on "
             f"{'the same' if rerun.machine == run.machine else 'another'} kind of machine.")
 
 
@@ -395,7 +397,7 @@ def protocol_row(run, by_config):
     drops = [f"{before['val_accuracy']:.2f} % to {after['val_accuracy']:.2f} % at epoch {after['epoch']:.0f}"
              for before, after in learning_rate_drops(run)]
     # Its reruns, and the seeds by whose spread they may differ
-    seeds = [first.best['val_accuracy'] for other, (first, *_) in by_config.items()
+    seeds = [first.accuracy for other, (first, *_) in by_config.items()
              if config.differences(other) in ([], ['seed'])]
     reruns = [compare(rerun, run, seeds) for rerun in by_config[config][1:]]
     for sentence in reruns:
@@ -403,7 +405,7 @@ def protocol_row(run, by_config):
     try:
         found = json.loads((run.folder / 'evaluation.json').read_text(encoding='utf-8'))
         # The two decimals that are printed
-        agrees = "agrees" if abs(found['accuracy'] - best['val_accuracy']) < 0.005 else "DISAGREES"
+        agrees = "agrees" if abs(found['accuracy'] - run.accuracy) < 0.005 else "DISAGREES"
         recomputed = f"{found['accuracy']:.2f} %, {agrees}"
         test = f"{found['test_accuracy']:.2f} %" if holdout else 'X'
     except Exception:  # it was not evaluated yet, or its record is damaged
@@ -413,9 +415,9 @@ def protocol_row(run, by_config):
         ' '.join(options),
         f"{len(run.history)} of {config.epochs}",
         f"{holdout:,} held-out training images" if holdout else "the test images, as on the slides",
-        f"{best['val_accuracy']:.2f} % (epoch {best['epoch']:.0f})",
+        f"{run.accuracy:.2f} % (epoch {best['epoch']:.0f})",
         f"{best['train_accuracy']:.2f} %",
-        f"{run.history[-1]['val_accuracy']:.2f} %",
+        f"{run.last['val_accuracy']:.2f} %",
         '; '.join(drops),
         recomputed,
         test,
@@ -441,18 +443,18 @@ def html_picture(file):
 
 def search_section(folder):
     """HTML on how a model's hyperparameters were found: the compute, and a table of a folder's trials."""
-    trials = sorted(read_runs(folder), key=lambda run: -run.best['val_accuracy'])
+    trials = sorted(read_runs(folder), key=lambda run: -run.accuracy)
     if not trials:
         return ''
     config, machine = trials[0].config, trials[0].machine
-    minutes = sum(run.history[-1]['seconds'] for run in trials) / 60
+    minutes = sum(run.last['seconds'] for run in trials) / 60
     text = (f"{len(trials)} random trials of up to {config.epochs} epochs, chosen by {config.holdout:,} "
             f"held-out training images, never by the test images. They took {minutes:.0f} minutes "
             f"({', '.join(f'{name} {value}' for name, value in machine.items())}).")
     # A row a trial, of what was sampled and what came out
     names = SEARCH[config.model]
     rows = {run.folder.name: [*(getattr(run.config, name) for name in names), len(run.history),
-                              f"{run.best['val_accuracy']:.2f} %"] for run in trials}
+                              f"{run.accuracy:.2f} %"] for run in trials}
     return (f"<h2>Search of the hyperparameters: {title(trials[0])}</h2><p>{text}</p>"
             f"{html_table([*names, 'epochs', 'held-out accuracy'], rows)}")
 
@@ -475,12 +477,12 @@ def write_report(runs):
     shown = [seeds[0] for seeds in settings.values() if seeds]
     if shown:
         plot_accuracy(shown, RESULTS / 'accuracy.png')
-    ranking = sorted(shown, key=lambda run: -run.best['val_accuracy'])
+    ranking = sorted(shown, key=lambda run: -run.accuracy)
     winner = ranking[0].folder if shown else RESULTS
     paragraphs = read_text(RESULTS / 'summary.txt').split('\n\n')
     atomic_write(RESULTS / 'report.html', f"""{STYLE}
 <h1>CIFAR-10 Evaluation Report</h1>
-<p>Validation accuracy: {', '.join(f"{title(run)} {run.best['val_accuracy']:.2f} %" for run in ranking)}.</p>
+<p>Validation accuracy: {', '.join(f"{title(run)} {run.accuracy:.2f} %" for run in ranking)}.</p>
 {html_table(COLUMNS, rows)}
 <h2>Validation dataset accuracy plot</h2>
 <div class="row">{''.join(html_picture(run.folder / 'accuracy.png') for run in shown)}</div>
@@ -509,9 +511,11 @@ def read_picture(file):
         if image.mode in ('1', 'P', 'PA') or 'transparency' in image.info:
             image = image.convert('RGBA')  # else it is not resampled well
         # The middle square, upright, over white
-        image = ImageOps.exif_transpose(ImageOps.fit(image, (32, 32))).convert('RGBA')
+        image = ImageOps.fit(image, (32, 32))
+        with contextlib.suppress(Exception):  # a damaged EXIF record turns nothing
+            image = ImageOps.exif_transpose(image)
         white = Image.new('RGBA', image.size, 'white')
-        return pil_to_tensor(Image.alpha_composite(white, image).convert('RGB'))
+        return pil_to_tensor(Image.alpha_composite(white, image.convert('RGBA')).convert('RGB'))
 
 
 def predict_pictures(names, run, device):
@@ -590,17 +594,17 @@ def main(arguments=None):
         raise UserError(f"No run {options.name or ''} with weights is in {RESULTS}: train one first.")
     if options.predict:
         # Synthetic images taught nothing about real ones.
-        best = max(trained, key=lambda run: (run.config.dataset == 'cifar10', run.best['val_accuracy']))
+        best = max(trained, key=lambda run: (run.config.dataset == 'cifar10', run.accuracy))
         return predict_pictures(options.predict, best, device)
 
     # Figures and accuracies of each run, then the report
     for run in asked:
-        plot_accuracy([run], run.folder / 'accuracy.png')
-    for run in trained:
         try:
-            evaluate_run(run, options.data_dir, device)
-        except UserError as error:
-            print_once(f"Not all accuracies are recomputed: {error}")
+            plot_accuracy([run], run.folder / 'accuracy.png')
+            if run in trained:
+                evaluate_run(run, options.data_dir, device)
+        except (UserError, OSError) as error:  # no images, or another program has a figure open
+            print_once(f"Not every run is evaluated: {error}")
     write_report(runs)
     print(f"The report is {RESULTS / 'report.html'}.")
     if options.submit:

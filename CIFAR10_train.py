@@ -107,7 +107,7 @@ def save_checkpoint(run, model, optimizer):
     if RANK > 0:
         return
     if run.history:
-        if run.best is run.history[-1]:
+        if run.best is run.last:
             save('best.pt', epoch=len(run.history), model_state_dict=model.state_dict())
         try:
             run.write()
@@ -278,7 +278,7 @@ def from_process_0(*values):
 
 def print_epoch(run):
     """Print the results of the last epoch and of the best one, and advice where nothing is learned."""
-    last, best = run.history[-1], run.best
+    last, best = run.last, run.best
     print_progress(f"epoch {last['epoch']}/{run.config.epochs}  train loss {last['train_loss']:.3f}  "
                    f"validation accuracy {last['val_accuracy']:.2f} %  best {best['val_accuracy']:.2f} % "
                    f"(epoch {best['epoch']})", done=True)
@@ -289,11 +289,10 @@ def print_epoch(run):
 
 def print_end(run):
     """Print why the training ended and what came out."""
-    best, last = run.best, run.history[-1]
-    if last['epoch'] < run.config.epochs:
-        print(f"Stopped early: nothing better than epoch {best['epoch']} in {run.config.patience} epochs.")
-    print(f"Best validation accuracy {best['val_accuracy']:.2f} % at epoch {best['epoch']}, after "
-          f"{last['seconds'] / 60:.1f} minutes; weights and history are in {run.folder}.")
+    if run.last['epoch'] < run.config.epochs:
+        print(f"Stopped early: none of {run.config.patience} epochs was better than epoch {run.best['epoch']}.")
+    print(f"Best validation accuracy {run.accuracy:.2f} % at epoch {run.best['epoch']}, after "
+          f"{run.last['seconds'] / 60:.1f} minutes; weights and history are in {run.folder}.")
 
 
 def train(name, config, options, device):
@@ -307,7 +306,8 @@ def train(name, config, options, device):
     optimizer = build_optimizer(model, config)
 
     # Resume: process 0 finds the run's folder and checkpoint, and tells the others.
-    folder, checkpoint, held = open_run(name, config, options.restart) if RANK == 0 else [None] * 3
+    # The lock is held until this function returns.
+    folder, checkpoint, _held = open_run(name, config, options.restart) if RANK == 0 else [None] * 3
     folder, checkpoint = from_process_0(folder, checkpoint)
     run = Run(folder, config, describe_machine(device), [])
     resume(run, model, optimizer, checkpoint)
@@ -318,7 +318,7 @@ def train(name, config, options, device):
     training_model = torch.compile(training_model) if options.compile else training_model
 
     # Epochs, up to the last one or early stopping
-    began = time.time() - (run.history[-1]['seconds'] if run.history else 0)
+    began = time.time() - (run.last['seconds'] if run.history else 0)
     save_checkpoint(run, model, optimizer)  # finds a folder that can't be written before any training
     while not should_stop(config, run.history):
         train_results = train_epoch(training_model, optimizer, train_data, config, len(run.history), autocast)
@@ -331,8 +331,6 @@ def train(name, config, options, device):
         save_checkpoint(run, model, optimizer)
         print_epoch(run)  # when it is saved
     print_end(run)
-    if held:
-        held.close()
     return run
 
 
@@ -363,7 +361,7 @@ def search(name, config, options, device):
         found = [Run.read(file.parent) for file in RESULTS.glob(f'{trial_name}*/config.json')]
         done = [run for run in found if run.config == trial_config and should_stop(run.config, run.history)]
         runs.append(done[0] if done else train(trial_name, trial_config, options, device))
-    return max(runs, key=lambda run: run.best['val_accuracy'])
+    return max(runs, key=lambda run: run.accuracy)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -56,8 +56,8 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
 
 def read_cifar10(data_dir, train, urls):
     """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,), fetched unless their MD5 sums are right."""
-    if data_dir.resolve().name == CIFAR10.base_folder:  # torchvision asks for the folder that it is in
-        data_dir = data_dir.resolve().parent
+    if data_dir.absolute().name == CIFAR10.base_folder:  # torchvision asks for the folder that it is in
+        data_dir = data_dir.absolute().parent
     try:
         data = CIFAR10(data_dir, train=train)
     except RuntimeError:  # torchvision: not there, or damaged

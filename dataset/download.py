@@ -43,7 +43,7 @@ def ensure_cifar10(data_dir, urls):
 
 def fetch(archive, urls):
     """Download the archive from the first URL that delivers it whole; a .part file keeps what came so far."""
-    part, why = archive.with_suffix('.part'), ''
+    part, errors = archive.with_suffix('.part'), set()
     for url in urls:
         archive.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to fetch
         try:
@@ -59,9 +59,11 @@ def fetch(archive, urls):
                 return os.replace(part, archive)
         except (OSError, ValueError, http.client.HTTPException) as error:
             print_progress(f"No images from {url}: {error}.", done=True)
-            why = f" and no server gave it (the last one: {error})"
-    raise UserError(f"CIFAR-10 is not in {archive.parent}{why}: put {ARCHIVE} there, or name its folder with "
-                    "--data-dir, or a server with --data-url, or try --dataset synthetic.")
+            errors.add(str(error))
+    raise UserError(f"CIFAR-10 is not in {archive.parent}"
+                    f"{' and no server gave it (' + '; '.join(errors) + ')' if errors else ''}: "
+                    f"put {ARCHIVE} there, or name its folder with --data-dir, or a server with "
+                    "--data-url, or try --dataset synthetic.")
 
 
 def download(url, part, slow):

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import script
 
-from CIFAR10_configuration import UserError
+from CIFAR10_configuration import UserError, print_once
 from dataset import data_load, download
 
 
@@ -156,6 +156,7 @@ def test_a_damaged_batch_is_named_and_written_anew(small_cifar10, server, capsys
     good = batch.read_bytes()
     for bad in (good[:-1], b'', bytes(len(good))):
         batch.write_bytes(bad)
+        print_once.cache_clear()
         data_load('cifar10', small_cifar10, urls=())
         assert 'cifar-10-batches-py is damaged' in capsys.readouterr().out and batch.read_bytes() == good
     (small_cifar10 / download.ARCHIVE).write_bytes(b'<html>')

@@ -20,14 +20,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, rows, script
+from conftest import ROOT, killed, rows, script
+from matplotlib.figure import Figure
 from PIL import Image
 
 import CIFAR10_configuration
 import CIFAR10_evaluation
-from CIFAR10_configuration import Run, UserError, parse_configuration
+from CIFAR10_configuration import SETTINGS, Run, UserError, parse_configuration
 from dataset import CLASSES, data_load, download, read_cifar10
 from LeNet5_model import LeNet5_model
+from ResNet_model import ResNet32_model
 
 SMALL = ['--model', 'mlp', '--hidden', 8, '--dataset', 'synthetic', '--batch-size', 1000]
 
@@ -111,6 +113,11 @@ def test_predict_finds_what_a_pattern_matches_and_names_what_is_missing(trained,
     assert all('% sure' in line for line in lines[:3]) and all('missing' in line for line in lines[3:])
 
 
+def test_a_damaged_exif_record_turns_nothing(tmp_path):
+    Image.new('RGB', (50, 40), (200, 10, 10)).save(tmp_path / 'a.jpg', exif=b'Exif\0\0no record at all')
+    assert CIFAR10_evaluation.read_picture(tmp_path / 'a.jpg')[0].min() > 190
+
+
 def real(folder, source, name, accuracy, **changes):
     """A run like that in source, but on CIFAR-10 and with that accuracy in both epochs."""
     target = folder / 'results' / name
@@ -161,6 +168,10 @@ FORMS = {
     'lightning': lambda state: dict(state_dict={f'model.{name}': value for name, value in state.items()}),
     'deep': lambda state: dict(checkpoint=dict(models=[dict(weights=state), 3])),
     'list': lambda state: [[torch.ones(1)] * 99, state, 3],
+    'a teacher and a log': lambda state: dict(
+        teacher=ResNet32_model().state_dict(), log={f'{i}': torch.ones(1) for i in range(99)}, student=state
+    ),
+    'lightly': lambda state: dict(state_dict={f'backbone.{name}': value for name, value in state.items()}),
     'configuration None': lambda state: dict(configuration=None, model_state_dict=state),
     'configuration list': lambda state: dict(configuration=['lenet5'], model_state_dict=state),
     'configuration wrong': lambda state: dict(configuration=dict(activation=3), model_state_dict=state),
@@ -264,6 +275,13 @@ def test_data_dir_may_be_the_home_folder_or_the_images_themselves(small_cifar10,
     monkeypatch.chdir(small_cifar10 / 'cifar-10-batches-py')
     for itself in (small_cifar10 / 'cifar-10-batches-py', '../cifar-10-batches-py/', '.'):
         assert len(data_load('cifar10', itself, urls=())[0]) == 100
+
+
+@pytest.mark.skipif(os.name == 'nt', reason="links need rights on Windows")
+def test_data_dir_may_be_a_link_to_the_images(small_cifar10, tmp_path):
+    os.rename(small_cifar10 / 'cifar-10-batches-py', tmp_path / 'elsewhere')
+    (small_cifar10 / 'cifar-10-batches-py').symlink_to(tmp_path / 'elsewhere')
+    assert len(data_load('cifar10', small_cifar10 / 'cifar-10-batches-py', urls=())[0]) == 100
 
 
 @pytest.mark.parametrize('locks', [True, False])
@@ -385,14 +403,51 @@ def test_a_rerun_is_no_seed_and_stands_beside_the_run_that_it_repeats(trained, t
     assert setting[-1] == '77.20 ± 0.28 % (2 seeds)'
     assert list(measured) == ['lenet5', 'lenet5-seed1']
     assert measured['lenet5'][-1] == (
-        'lenet5-2 repeats lenet5: 77.00 % in 2 epochs, +0.00 points, the same to the digit, '
+        'lenet5-2 repeats lenet5: 77.00 % in 2 of 2 epochs, +0.00 points, the same to the digit, '
         'on the same kind of machine.'
     )
     assert measured['lenet5-seed1'][-1] == (
-        'lenet5-3 repeats lenet5-seed1: 77.30 % in 2 epochs, -0.10 points, within two deviations of '
+        'lenet5-3 repeats lenet5-seed1: 77.30 % in 2 of 2 epochs, -0.10 points, within two deviations of '
         'the seeds (77.20 ± 0.28 %), on another kind of machine.'
     )
     assert measured['lenet5'][-1] in output and measured['lenet5-seed1'][-1] in output
+
+
+def test_a_restarted_run_is_the_rerun_of_the_one_that_was_there(tmp_path):
+    options = [*SMALL, '--epochs', 2]
+    script(tmp_path, 'CIFAR10_train.py', *options)
+    assert killed(19, tmp_path, *options, '--restart')  # in its second epoch
+    done = script(tmp_path, 'CIFAR10_evaluation.py')
+    assert 'mlp repeats mlp-2: ' in done.stdout and ' in 1 of 2 epochs' in done.stdout, done.stdout
+    report = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')
+    assert 'seeds)' not in report
+
+
+def test_a_setting_is_shown_by_the_run_with_its_options_whenever_that_was_made(trained, tmp_path):
+    source = trained[0] / 'results' / 'lenet5'
+    config = {name: v for name, v in vars(SETTINGS['lenet5']).items() if name != 'dataset'}
+    for age, (name, changes) in enumerate(dict(lenet5=config, quick={**config, 'epochs': 3}).items()):
+        file = real(tmp_path, source, name, 70 + age, **changes) / 'config.json'
+        os.utime(file, (1e9 - age, 1e9 - age))
+    _, setting, _ = report_of(tmp_path)
+    assert setting[-1] == '70.00 %'
+
+
+@pytest.mark.parametrize('name', ['accuracy.png', 'confusion.png'])
+def test_a_figure_that_is_open_elsewhere_costs_no_report(name, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained[0] / 'results', tmp_path / 'results')
+    (tmp_path / 'results' / 'report.html').unlink()
+    save = Figure.savefig
+
+    def refuse(figure, file):
+        if Path(file).match(f'lenet5/{name}'):
+            raise PermissionError(errno.EACCES, 'Permission denied', str(file))
+        save(figure, file)
+
+    monkeypatch.setattr(Figure, 'savefig', refuse)
+    done = script(tmp_path, 'CIFAR10_evaluation.py')
+    assert done.returncode == 0 and name in done.stdout, done.stderr
+    assert (tmp_path / 'results' / 'report.html').exists()
 
 
 def test_a_rerun_that_differs_by_more_than_seeds_do_is_told(trained, tmp_path):
