@@ -290,7 +290,7 @@ def print_epoch(run):
 def print_end(run):
     """Print why the training ended and what came out."""
     if run.last['epoch'] < run.config.epochs:
-        print(f"Stopped early: none of {run.config.patience} epochs was better than epoch {run.best['epoch']}.")
+        print(f"Stopped early: no epoch since number {run.best['epoch']} was better.")
     print(f"Best validation accuracy {run.accuracy:.2f} % at epoch {run.best['epoch']}, after "
           f"{run.last['seconds'] / 60:.1f} minutes; weights and history are in {run.folder}.")
 
