@@ -238,7 +238,7 @@ def test_pictures(trained, tmp_path, capsys):
         *(f'bad{number}.png' for number in range(40)),
         'p.png',
     ]
-    CIFAR10_evaluation.predict_pictures([tmp_path / name for name in names], run, choose_device('cpu'))
+    CIFAR10_evaluation.predict_pictures([str(tmp_path / name) for name in names], run, choose_device('cpu'))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(names) and all(name in line for name, line in zip(names, lines, strict=False))
     assert all('% sure' in line for line in lines[:5]) and '% sure' in lines[-1]
