@@ -131,8 +131,8 @@ def load_weights(model, saved, file):
     Raises UserError that names the first layer that does not fit.
     """
     # The dict that has most of the model's names; of an optimizer's or a teacher's it has few.
-    state = max(state_dicts(saved), default={},
-                key=lambda state: len(state.keys() & model.state_dict().keys()))
+    wanted = model.state_dict().keys()
+    state = max(state_dicts(saved), key=lambda state: len(state.keys() & wanted), default={})
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -390,7 +390,7 @@ def compare(rerun, run, seeds):
 
 def protocol_row(run, by_config):
     """The cells under PROTOCOL, as text, of a run; by_config has the runs of each configuration."""
-    config, holdout, best = run.config, run.config.holdout, run.best
+    config, holdout = run.config, run.config.holdout
     # As they are given on the command line
     options = [f'{flag(name)} {str(getattr(config, name)).strip("()").replace(",", "")}'
                for name in config.differences(SETTINGS[config.model])]
@@ -415,8 +415,8 @@ def protocol_row(run, by_config):
         ' '.join(options),
         f"{len(run.history)} of {config.epochs}",
         f"{holdout:,} held-out training images" if holdout else "the test images, as on the slides",
-        f"{run.accuracy:.2f} % (epoch {best['epoch']:.0f})",
-        f"{best['train_accuracy']:.2f} %",
+        f"{run.accuracy:.2f} % (epoch {run.best['epoch']:.0f})",
+        f"{run.best['train_accuracy']:.2f} %",
         f"{run.last['val_accuracy']:.2f} %",
         '; '.join(drops),
         recomputed,
@@ -523,7 +523,7 @@ def predict_pictures(names, run, device):
     model = load_best(run, device)
     # Windows leaves it to the program to find the files that *.jpg means.
     files = [file for name in names
-             for file in os.path.exists(name) and [name] or sorted(glob(name)) or [name]]
+             for file in ([name] if os.path.exists(name) else sorted(glob(name)) or [name])]
     for file in files:
         try:
             image = read_picture(file).to(device)

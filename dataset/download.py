@@ -26,7 +26,7 @@ SLOW = 200_000  # bytes a second below which it is given up
 def ensure_cifar10(data_dir, urls):
     """Unpack CIFAR-10's archive in data_dir, fetched unless its MD5 sum is right.
 
-    Raises UserError where neither the archive in data_dir nor any URL gives them.
+    Raises UserError where neither the archive in data_dir nor any URL gives it.
     """
     base, archive = data_dir / CIFAR10.base_folder, data_dir / ARCHIVE
     if base.exists():

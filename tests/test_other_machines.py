@@ -50,12 +50,11 @@ def icon(mode):
     image.paste((0, 0, 0, 255), (16, 16, 48, 48))
     if mode == 'RGB':  # one colour that means transparent
         return image.convert('RGB'), dict(transparency=(255, 0, 255))
-    if mode == 'P':
-        return image.convert('RGB').quantize(2), dict(transparency=0)
-    if mode == 'P bytes':  # a transparency for each colour of the palette
+    if mode.startswith('P'):  # one colour of the palette, or a transparency for each of them
         palette = image.convert('RGB').quantize(2)
         clear = palette.getpixel((0, 0))
-        return palette, dict(transparency=bytes([0, 255] if clear == 0 else [255, 0]))
+        each = bytes([0, 255] if clear == 0 else [255, 0])
+        return palette, dict(transparency=clear if mode == 'P' else each)
     return image.convert(mode), {}
 
 
@@ -66,8 +65,6 @@ def icon(mode):
 )
 def test_transparency_is_shown_over_white_as_a_viewer_does(mode, suffix, tmp_path):
     image, options = icon(mode)
-    if mode == 'P':
-        options['transparency'] = image.getpixel((0, 0))
     image.save(tmp_path / f'icon.{suffix}', lossless=True, **options)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
