@@ -6,11 +6,13 @@ import errno
 import functools
 import json
 import os
+import random
 import re
 import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from math import inf, isfinite
 from pathlib import Path
 
@@ -20,7 +22,7 @@ else:
     import fcntl
 
 RESULTS = Path('results')  # holds a folder for each run
-MODELS = ('mlp', 'lenet5', 'resnet32')
+MODELS = ['mlp', 'lenet5', 'resnet32']
 
 
 class UserError(Exception):
@@ -32,7 +34,7 @@ class UserError(Exception):
 
 
 def option(default, allowed, reason, models=MODELS):
-    """A hyperparameter: its default, the words or range (low <= value < high) allowed, why, its models."""
+    """A hyperparameter: its default, a list of choices or a range (low <= value < high), why, its models."""
     return field(default=default, metadata=dict(allowed=allowed, reason=reason, models=models))
 
 
@@ -42,9 +44,9 @@ def flag(name):
 
 
 def check(name, value, allowed):
-    """Raise UserError unless value is one of the allowed words, or a number in the allowed range."""
-    if isinstance(allowed[0], str):
-        fits, rule = value in allowed, f"one of {', '.join(allowed)}"
+    """Raise UserError unless value is in the list allowed, or a number in the range allowed."""
+    if isinstance(allowed, list):
+        fits, rule = value in allowed, f"one of {', '.join(map(str, allowed))}"
     else:
         low, high = allowed
         fits = isinstance(value, (int, type(low))) and low <= value < high
@@ -59,32 +61,36 @@ class Configuration:
     model: str = option('resnet32', MODELS, "which of the three settings")
 
     # Data
-    dataset: str = option('cifar10', ('cifar10', 'synthetic'), "synthetic: made by the program, no download")
+    dataset: str = option('cifar10', ['cifar10', 'synthetic'], "synthetic: made by the program, no download")
     holdout: int = option(0, (0, 50_000), "validate on this many training images; 0: on the test images")
     batch_size: int = option(128, (1, 50_001), "images a step; 1: stochastic, 50000: full-batch descent")
     seed: int = option(0, (0, 1_000_001), "decides all that is random, and which images are held out")
+    augmentation: str = option('on', ['on', 'off'], "random crops and flips")
+    standardization: str = option('on', ['on', 'off'], "off: pixels from 0 to 1 as they are")
 
     # Model
     hidden: tuple = option((1024, 512), (1, 100_001), "units of each hidden layer", ('mlp',))
     dropout: float = option(0.0, (0.0, 1.0), "share of the hidden units silenced in a step", ('mlp',))
-    normalization: str = option('none', ('none', 'batch'), "batch: Ioffe & Szegedy 2015", ('mlp',))
-    activation: str = option('relu', ('sigmoid', 'tanh', 'relu', 'leaky_relu', 'maxout', 'elu'),
+    normalization: str = option('none', ['none', 'batch'], "batch: Ioffe & Szegedy 2015", ('mlp',))
+    activation: str = option('relu', ['sigmoid', 'tanh', 'relu', 'leaky_relu', 'maxout', 'elu'],
                              "ReLU does not saturate: gradients reach the first layer", ('mlp', 'lenet5'))
-    initialization: str = option('he_normal', ('xavier_normal', 'he_normal'),
+    initialization: str = option('he_normal', ['xavier_normal', 'he_normal'],
                                  "He: keeps the variance through ReLU layers", ('mlp', 'lenet5'))
+    depth: int = option(32, [8, 14, 20, 32, 44, 56, 110], "weighted layers, 6 n + 2", ('resnet32',))
+    block: str = option('residual', ['residual', 'plain', 'projection'],
+                        "plain: no shortcut; projection: option B of He et al. 2016", ('resnet32',))
 
     # Optimizer
-    optimizer: str = option('sgd', ('sgd', 'nesterov', 'adam'), "SGD with momentum, He et al. 2016")
+    optimizer: str = option('sgd', ['sgd', 'nesterov', 'adam'], "SGD with momentum, He et al. 2016")
     learning_rate: float = option(0.1, (1e-12, inf), "its peak, He et al. 2016")
     momentum: float = option(0.9, (0.0, 1.0), "He et al. 2016; with Adam its beta 1")
     weight_decay: float = option(1e-4, (0.0, inf), "lambda of the L2 penalty, He et al. 2016")
     max_norm: float = option(0.0, (0.0, inf), "weight restriction: c of |w|^2 <= c for each unit; 0: none")
-    label_smoothing: float = option(0.0, (0.0, 1.0), "share of a label for all classes, Szegedy et al. 2016")
 
     # Schedule
     epochs: int = option(164, (1, 100_000), "64k steps of 128 images, He et al. 2016, section 4.2")
     warmup: float = option(0.0, (0.0, inf), "epochs in which the learning rate rises, Goyal et al. 2017")
-    learning_rate_decay: str = option('step', ('step', 'cosine', 'none'), "large steps find the valley")
+    learning_rate_decay: str = option('step', ['step', 'cosine', 'none'], "large steps find the valley")
     milestones: tuple = option((0.5, 0.75), (1e-12, 1.0), "step: parts of the training before each drop")
     gamma: float = option(0.1, (1e-12, 1.0), "step: factor of each drop")
     patience: int = option(20, (1, inf), "stop after so many epochs with none better, from the last drop on")
@@ -121,16 +127,6 @@ SETTINGS = {
     'resnet32': Configuration('resnet32', weight_decay=5e-4),  # the rest is as the report demands
 }
 
-# What --search samples: a range (its logarithm uniformly) or a list of choices; the rest is as in SETTINGS.
-SEARCH = {
-    'mlp': dict(learning_rate=(0.01, 0.3), weight_decay=(1e-5, 3e-3), dropout=[0.0, 0.1, 0.2],
-                label_smoothing=[0.0, 0.1], normalization=['none', 'batch'],
-                hidden=[(1024, 512), (1024, 1024, 1024)]),
-    'lenet5': dict(learning_rate=(0.01, 0.2), weight_decay=(1e-5, 1e-3),
-                   activation=['relu', 'leaky_relu', 'elu', 'tanh']),
-    'resnet32': dict(weight_decay=(1e-4, 2e-3)),  # the rest is prescribed
-}
-
 # ----------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -156,12 +152,53 @@ def run_name(text):
     return text
 
 
+def group_and_run(text):
+    """A run's name, or that of a group and of a run in it: GROUP/RUN."""
+    return '/'.join(map(run_name, text.split('/', 1)))
+
+
+def named_configurations(options):
+    """The Configuration of each run that the options ask for, by the run's name.
+
+    Options with several values make a group: a run for each combination, or for so many as --search says.
+    """
+    given = {name: [values] if FIELDS[name].type is tuple else values
+             for name, values in vars(options).items() if name in FIELDS}
+    varied = [name for name, values in given.items() if len(values) > 1]
+    combinations = list(product(*given.values()))
+    if options.search is not None:
+        check('--search', options.search, (1, len(combinations) + 1))
+        random.Random(0).shuffle(combinations)  # in the same order each time: a longer search goes on
+    runs = {}
+    for number, values in enumerate(combinations[:options.search], 1):
+        chosen = dict(zip(given, values, strict=True))
+        config = replace(SETTINGS[chosen.get('model', 'resnet32')], **chosen)
+        foreign = [name for name in given if config.model not in FIELDS[name].metadata['models']]
+        if foreign:
+            raise UserError(f"{config.model} has no option {flag(foreign[0])}: leave it out, or change "
+                            "--model.")
+        if options.search and not config.holdout:
+            raise UserError("--search chooses by held-out training images: add --holdout 5000.")
+        if options.search:
+            name = f'{options.name or config.model}-search/{number:02}'
+        elif varied:
+            label = '-'.join(str(chosen[name]) for name in varied)
+            name = f"{options.name or '-'.join(varied)}/{label}"
+        else:
+            name = options.name or config.model
+        runs[name] = config
+    if name.count('/') > 1:
+        raise UserError(f"{options.name} names one run, but several are asked for: name just their group.")
+    return runs
+
+
 def parse_configuration(arguments=None):
-    """The Configuration and the other options of CIFAR10_train.py."""
-    parser = Parser("Train one of the three settings on CIFAR-10; the run is kept in results/NAME/.")
-    parser.add_argument('--name', type=run_name, help="name of the run (default: the model)")
+    """The Configuration of each run to train, by its name, and the other options of CIFAR10_train.py."""
+    parser = Parser("Train one of the three settings on CIFAR-10; the run is kept in results/NAME/. Several "
+                    "values for an option train a run for each, in results/NAME/VALUE/.")
+    parser.add_argument('--name', type=group_and_run, help="name of the run (default: the model)")
     parser.add_argument('--restart', action='store_true', help="begin anew; the old run is kept")
-    parser.add_argument('--search', type=int, metavar='TRIALS', help="train with random hyperparameters")
+    parser.add_argument('--search', type=int, metavar='RUNS', help="so many of the combinations, at random")
 
     # Every field of Configuration is an option, whose default is that of the chosen model's setting.
     for name, f in FIELDS.items():
@@ -169,9 +206,9 @@ def parse_configuration(arguments=None):
         defaults = [f'{model} {getattr(SETTINGS[model], name)}' for model in models]
         parser.add_argument(
             flag(name), default=argparse.SUPPRESS, help=f"{reason} (default: {', '.join(defaults)})",
-            type=type(allowed[0]),  # of the lowest value, or of a word
-            choices=allowed if f.type is str else None,
-            nargs='+' if f.type is tuple else None)
+            type=type(allowed[0]),  # of the lowest value, or of a choice
+            choices=allowed if isinstance(allowed, list) else None,
+            nargs='+')
 
     # Speed: these change how long a run takes, not what it learns.
     parser.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'),
@@ -180,16 +217,8 @@ def parse_configuration(arguments=None):
                         help="auto: bf16 where the hardware multiplies it natively")
     parser.add_argument('--compile', action='store_true', help="torch.compile: for GPUs, and CPUs with AMX")
 
-    # What is given replaces the setting's values.
     options = parser.parse_args(arguments)
-    given = {name: value for name, value in vars(options).items() if name in FIELDS}
-    config = replace(SETTINGS[given.get('model', 'resnet32')], **given)
-    for name in given:
-        if config.model not in FIELDS[name].metadata['models']:
-            raise UserError(f"{config.model} has no option {flag(name)}: leave it out, or change --model.")
-    if options.search is not None:
-        check('--search', options.search, (1, 100))
-    return config, options
+    return named_configurations(options), options
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -209,6 +238,7 @@ class Run:
     config: Configuration
     machine: dict
     history: list
+    reruns: list = field(default_factory=list)  # later runs of the same configuration
 
     @property
     def best(self):

@@ -14,6 +14,7 @@ import platform
 import re
 import statistics
 import zipfile
+from dataclasses import replace
 from glob import glob
 from html import escape
 from itertools import pairwise
@@ -22,15 +23,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import cycler, rcParams, style
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from CIFAR10_configuration import (
+    FIELDS,
     MODELS,
     RESULTS,
-    SEARCH,
     SETTINGS,
     Configuration,
     Parser,
@@ -45,7 +47,7 @@ from CIFAR10_configuration import (
 from dataset import CLASSES, crop_and_flip, data_load, normalize
 from LeNet5_model import LeNet5_model
 from MLP_model import MLP_model
-from ResNet_model import ResNet32_model
+from ResNet_model import BLOCKS, ResNet
 
 Image.MAX_IMAGE_PIXELS = 500_000_000  # no warning of a large photo
 
@@ -91,7 +93,8 @@ def build_model(config, device):
     elif config.model == 'lenet5':
         model = LeNet5_model(config.activation, config.initialization)
     else:
-        model = ResNet32_model()
+        model = ResNet((config.depth - 2) // 6, BLOCKS[config.block])
+    model.standardization = config.standardization  # how predict prepares its images
     # The layout in which convolutions are fastest; on MPS it spoils the gradients (PyTorch issue 175189).
     if device.type != 'mps':
         model.to(memory_format=torch.channels_last)
@@ -154,7 +157,7 @@ def predict(model, images):
     """Logits (N, 10) of uint8 images (N, 3, 32, 32), by the model as it is at test time."""
     model.eval()
     # A hundred at a time, as the feature maps of more don't fit a CPU's cache.
-    return torch.cat([model(normalize(batch)) for batch in images.split(100)])
+    return torch.cat([model(normalize(batch, model.standardization)) for batch in images.split(100)])
 
 
 def evaluate(model, data):
@@ -195,6 +198,10 @@ def evaluate_run(run, data_dir, device):
 # As the papers write them
 TITLES = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': 'ResNet-32'}
 
+# Colours that the colour-blind tell apart, each with a marker
+style.use(['tableau-colorblind10', {'axes.titlesize': 'medium'}])
+rcParams['axes.prop_cycle'] += cycler(marker=list('osD^vPX<>d'))
+
 
 def title(run):
     """What figures and texts call a run's model; synthetic images are told apart from CIFAR-10."""
@@ -213,24 +220,43 @@ def new_axes(width, height):
     return Figure(figsize=(width, height), dpi=130, layout='constrained').subplots()
 
 
-def plot_accuracy(runs, file):
-    """Plot validation accuracy over epochs; of a single run also where its learning rate dropped."""
-    axes = new_axes(5, 3.8)
-    for run in runs:
-        # A line, and a star at the early-stopping epoch
-        best, accuracies = run.best, [row['val_accuracy'] for row in run.history]
-        axes.plot(range(1, len(accuracies) + 1), accuracies, '.-', color=f'C{MODELS.index(run.config.model)}',
-                  label=title(run))
-        axes.plot(best['epoch'], run.accuracy, 'k*',
-                  label=f"{run.accuracy:.2f} % at epoch {best['epoch']:.0f}")
-    # A dotted line at each drop, where it does not cross other runs
-    for before, after in learning_rate_drops(runs[0]) if len(runs) == 1 else []:
+def plot_accuracy(compared, names, file, over='epoch'):
+    """Plot accuracy over epochs or seconds; of a single curve also where the learning rate dropped.
+
+    compared has the runs of each curve, which differ only in their seed, by its label: the values of names.
+    """
+    axes = new_axes(5.5, 4.5)
+    for label, runs in compared.items():
+        # Of each epoch that all seeds have, what is plotted of each seed: (epochs, seeds, 3)
+        values = np.array([[[row[over], row['train_accuracy'], row['val_accuracy']] for row in rows]
+                           for rows in zip(*(run.history for run in runs), strict=False)])
+        x, training, validation = values.mean(1).T
+        deviation = values[:, :, 2].std(1, ddof=len(runs) > 1)
+        # Validation with a band of one deviation, training thin, a star at the early-stopping epoch
+        [line] = axes.plot(x, validation, label=label, markevery=0.1)
+        thin = dict(color=line.get_color(), linewidth=0.6)
+        axes.fill_between(x, validation - deviation, validation + deviation, alpha=0.2, **thin)
+        axes.plot(x, training, marker='', **thin)
+        axes.plot(runs[0].best[over], runs[0].accuracy, 'k*', zorder=3)
+    for before, after in learning_rate_drops(runs[0]) if len(compared) == 1 else []:
         axes.axvline(after['epoch'] - 0.5, color='grey', linestyle=':',
                      label=f"learning rate {before['learning_rate']:.2g} to {after['learning_rate']:.2g}")
-    axes.set(xlabel='epoch', ylabel='validation accuracy (%)')
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel=over, ylabel='accuracy (%)',
+             title='validation (thick), training (thin), early stopping (star)')
     axes.grid(alpha=0.3)
-    axes.legend(loc='lower right', fontsize=8)
+    axes.figure.legend(loc='outside lower center', ncols=2, fontsize='small', title=names)
+    axes.figure.savefig(file)
+
+
+def plot_early_stopping(compared, names, file):
+    """Plot the accuracies at early stopping, with bars of one deviation, of what plot_accuracy plots."""
+    axes = new_axes(5.5, 4.5)
+    for label, runs in compared.items():
+        accuracies = [run.accuracy for run in runs]
+        axes.errorbar(label, np.mean(accuracies), np.std(accuracies, ddof=len(runs) > 1), capsize=5)
+    axes.tick_params('x', rotation=45)
+    axes.set(xlabel=names, ylabel='validation accuracy at early stopping (%)')
+    axes.grid(alpha=0.3)
     axes.figure.savefig(file)
 
 
@@ -239,8 +265,8 @@ def plot_confusion(run, labels, predicted):
     count = (labels * 10 + predicted).bincount(minlength=100).view(10, 10).cpu()
     names = CLASSES[run.config.dataset]
     axes = new_axes(6.5, 6)
-    shade = count.sqrt().numpy()  # it shows rare confusions too
-    axes.imshow(shade, cmap='Blues', vmax=2 * shade.max())  # no darker than black digits need
+    # The root shows rare confusions too; half transparent it is no darker than black digits need.
+    axes.imshow(count.sqrt().numpy(), cmap='Blues', alpha=0.5)
     axes.set_xticks(range(10), names, rotation=45, ha='right')
     axes.set_yticks(range(10), names)
     axes.set(xlabel='predicted class', ylabel='true class', title=f"{title(run)}, validation images")
@@ -256,8 +282,7 @@ def plot_images(images, columns, heading, file):
     axes = new_axes(grid.shape[2] / 30, grid.shape[1] / 30 + 1)
     axes.imshow(grid.permute(1, 2, 0).cpu().numpy())
     axes.set_xticks(range(18, grid.shape[2], 34), columns, fontsize=8)  # the middle of each image
-    axes.set_yticks([])
-    axes.set_title(heading, fontsize='medium')
+    axes.set(yticks=[], title=heading)
     axes.figure.savefig(file)
 
 
@@ -290,13 +315,6 @@ def plot_samples(run, images, labels):
 # ----------------------------------------------------------------------------------------------------------
 # The report
 
-# As on the slide
-COLUMNS = ('Model', 'GPU (O/X)', 'Batch_size', 'Activation function', 'Weight initialization', 'Optimizer',
-           'Learning rate', 'Momentum', 'Weight decay', 'LR decay', 'training time (m)',
-           'Early stopping epoch', 'Accuracy')
-PROTOCOL = ('Model', 'Other options', 'Epochs', 'Validated on', 'Best accuracy', 'On the training images',
-            'Accuracy of the last epoch', 'The epoch after a drop of the learning rate',
-            'Recomputed from the best weights', 'Test images, looked at once', 'Reruns')
 STYLE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>CIFAR-10 Evaluation Report</title>
 <style>
@@ -313,14 +331,22 @@ td:nth-child(-n+2), td:last-child { font-weight: bold } td:nth-child(-n+2) { whi
 
 
 def read_runs(folder=RESULTS):
-    """The runs in a folder, the oldest first; those that can't be read are named and left out."""
-    runs = []
+    """Lists of a folder's runs that differ only in their seed, the oldest first, by their configuration.
+
+    A run like an older one is among the reruns of that one. What can't be read is named and left out.
+    """
+    settings = {}
     for file in sorted(sorted(folder.glob('*/config.json')), key=os.path.getmtime):
         try:
-            runs.append(Run.read(file.parent))
+            run = Run.read(file.parent)
         except UserError as error:
             print(error)
-    return runs
+            continue
+        seeds = settings.setdefault(replace(run.config, seed=0), {})
+        first = seeds.setdefault(run.config.seed, run)
+        if first is not run:
+            first.reruns.append(run)
+    return {config: list(seeds.values()) for config, seeds in settings.items()}
 
 
 def read_text(file):
@@ -334,103 +360,105 @@ def read_text(file):
     return ''
 
 
-def setting_runs(model, runs):
-    """The run that shows a setting, and those that differ from it only in their seed; or none."""
-    # Rather one on CIFAR-10 than on synthetic images, rather one with the setting's options than with others
-    ranked = sorted((run for run in runs if run.config.model == model),
-                    key=lambda run: (run.config.dataset, len(run.config.differences(SETTINGS[model]))))
-    return ranked[:1] + [run for run in ranked if run.config.differences(ranked[0].config) == ['seed']]
-
-
-def mean_std(numbers, digits):
+def mean_std(numbers):
     """The mean of numbers as text, with the standard deviation where there are several."""
-    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):#.4g}{spread}"
 
 
-def report_row(runs):
-    """The cells under COLUMNS, as text, of runs that differ only in their seed."""
+def setting_cells(runs):
+    """The row of the slides' table, a dict by column, of runs that differ only in their seed."""
     run, config = runs[0], runs[0].config
     drops = ', '.join(f"{before['epoch']:.0f}" for before, _ in learning_rate_drops(run))
-    seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
-    return [
-        TITLES[config.model],
-        'X' if run.machine.get('device') == 'cpu' else 'O',  # as the slide asks
-        config.batch_size,
-        {'relu': 'ReLU', 'elu': 'ELU'}.get(config.activation, config.activation),
-        config.initialization.capitalize(),
-        {'sgd': 'SGD', 'nesterov': 'SGD (Nesterov)', 'adam': 'Adam'}[config.optimizer],
-        f'{config.learning_rate:g}',
-        f'{config.momentum:g}',
-        f"{config.weight_decay or 'X'}",
-        f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay,
-        mean_std([run.last['seconds'] / 60 for run in runs], 1),  # minutes
-        ', '.join(f"{run.best['epoch']:.0f}" for run in runs),
-        f"{mean_std([run.accuracy for run in runs], 2)} %{seeds}",
-    ]
+    return {
+        'Model': TITLES[config.model],
+        'GPU (O/X)': 'X' if run.machine.get('device') == 'cpu' else 'O',
+        'Batch_size': config.batch_size,
+        'Activation function': {'relu': 'ReLU', 'elu': 'ELU'}.get(config.activation, config.activation),
+        'Weight initialization': config.initialization.capitalize(),
+        'Optimizer': {'sgd': 'SGD', 'nesterov': 'SGD (Nesterov)', 'adam': 'Adam'}[config.optimizer],
+        'Learning rate': f'{config.learning_rate:g}',
+        'Momentum': f'{config.momentum:g}',
+        'Weight decay': config.weight_decay or 'X',
+        'LR decay': f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay,
+        'training time (m)': mean_std([run.last['seconds'] / 60 for run in runs]),
+        'Early stopping epoch': ', '.join(f"{run.best['epoch']:.0f}" for run in runs),
+        'Accuracy': f"{mean_std([run.accuracy for run in runs])} % ({len(runs)} seed{'s' * (len(runs) > 1)})",
+    }
 
 
-def compare(rerun, run, seeds):
-    """A sentence on whether a rerun gave a run's accuracy again, or differs no more than seeds do.
-
-    seeds are the accuracies, in percent, of the runs that differ only in their seed.
-    """
-    difference = rerun.accuracy - run.accuracy
-    verdict = "with no other seed to compare"
-    if len(seeds) > 1:
-        verdict = f"within two deviations of the seeds ({mean_std(seeds, 2)} %)"
-        if abs(difference) > 2 * statistics.stdev(seeds):
-            verdict = "NOT " + verdict
-    if abs(difference) < 0.005:
-        verdict = "the same to the digit"
-    return (f"{rerun.folder.name} repeats {run.folder.name}: {rerun.accuracy:.2f} % in "
-            f"{len(rerun.history)} of {rerun.config.epochs} epochs, {difference:+.2f} points, {verdict}, on "
-            f"{'the same' if rerun.machine == run.machine else 'another'} kind of machine.")
+def result_cells(runs):
+    """What came out of runs that differ only in their seed, a dict by column."""
+    model = build_model(runs[0].config, torch.device('cpu'))
+    return {
+        'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
+        'Epochs': ', '.join(str(len(run.history)) for run in runs),
+        'Accuracy at early stopping (%)': mean_std([run.accuracy for run in runs]),
+        'In the last epoch (%)': mean_std([run.last['val_accuracy'] for run in runs]),
+        'On the training images (%)': mean_std([run.last['train_accuracy'] for run in runs]),
+        'Minutes': mean_std([run.last['seconds'] / 60 for run in runs]),
+    }
 
 
-def protocol_row(run, by_config):
-    """The cells under PROTOCOL, as text, of a run; by_config has the runs of each configuration."""
-    config, holdout = run.config, run.config.holdout
-    # As they are given on the command line
-    options = [f'{flag(name)} {str(getattr(config, name)).strip("()").replace(",", "")}'
-               for name in config.differences(SETTINGS[config.model])]
-    drops = [f"{before['val_accuracy']:.2f} % to {after['val_accuracy']:.2f} % at epoch {after['epoch']:.0f}"
-             for before, after in learning_rate_drops(run)]
-    # Its reruns, and the seeds by whose spread they may differ
-    seeds = [first.accuracy for other, (first, *_) in by_config.items()
-             if config.differences(other) in ([], ['seed'])]
-    reruns = [compare(rerun, run, seeds) for rerun in by_config[config][1:]]
-    for sentence in reruns:
-        print(sentence)
+def compare_reruns(runs):
+    """A line on each rerun of runs that differ only in their seed: whether it gave the same again."""
+    seeds, lines = [run.accuracy for run in runs], ''
+    for first in runs:
+        for rerun in first.reruns:
+            difference = rerun.accuracy - first.accuracy
+            verdict = "with no other seed to compare"
+            if len(seeds) > 1:
+                verdict = f"within two deviations of the seeds ({mean_std(seeds)} %)"
+                if abs(difference) > 2 * statistics.stdev(seeds):
+                    verdict = "NOT " + verdict
+            if abs(difference) < 0.005:
+                verdict = "the same to the digit"
+            machine = "the same" if rerun.machine == first.machine else "another"
+            lines += (f"{rerun.folder.name} repeats {first.folder.name}: {rerun.accuracy:.2f} % in "
+                      f"{len(rerun.history)} of {rerun.config.epochs} epochs, {difference:+.2f} points, "
+                      f"{verdict}, on {machine} kind of machine.\n")
+    return lines
+
+
+def recomputed(run):
+    """What evaluate_run found, as text: whether the accuracy agrees, and that on the test images."""
     try:
         found = json.loads((run.folder / 'evaluation.json').read_text(encoding='utf-8'))
         # The two decimals that are printed
         agrees = "agrees" if abs(found['accuracy'] - run.accuracy) < 0.005 else "DISAGREES"
-        recomputed = f"{found['accuracy']:.2f} %, {agrees}"
-        test = f"{found['test_accuracy']:.2f} %" if holdout else 'X'
+        test = f"; {found['test_accuracy']:.2f} % of the test images" if run.config.holdout else ""
+        return f"{found['accuracy']:.2f} %, {agrees}{test}"
     except Exception:  # it was not evaluated yet, or its record is damaged
-        recomputed = test = "not yet"
-    return [
-        title(run),
-        ' '.join(options),
-        f"{len(run.history)} of {config.epochs}",
-        f"{holdout:,} held-out training images" if holdout else "the test images, as on the slides",
-        f"{run.accuracy:.2f} % (epoch {run.best['epoch']:.0f})",
-        f"{run.best['train_accuracy']:.2f} %",
-        f"{run.last['val_accuracy']:.2f} %",
-        '; '.join(drops),
-        recomputed,
-        test,
-        ' '.join(reruns),
-    ]
+        return "not yet"
 
 
-def html_table(columns, rows):
-    """HTML of a table from its columns' titles and a dict of rows by name."""
-    # A line of titles, then the rows, each behind its name
-    lines = [['', *columns], *([name, *cells] for name, cells in rows.items())]
-    cells = [''.join(f'<td>{escape(str(cell))}</td>' for cell in line) for line in lines]
-    return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
+def protocol_cells(runs):
+    """How runs that differ only in their seed were measured, and what came out, a dict by column."""
+    config = runs[0].config
+    # As they are given on the command line
+    options = [f'{flag(name)} {str(getattr(config, name)).strip("()").replace(",", "")}'
+               for name in config.differences(SETTINGS[config.model])]
+    drops = [f"{before['val_accuracy']:.2f} % to {after['val_accuracy']:.2f} % at epoch {after['epoch']:.0f}"
+             for before, after in learning_rate_drops(runs[0])]
+    return {
+        'Model': title(runs[0]),
+        'Other options': ' '.join(options),
+        'Validated on': (f"{config.holdout:,} held-out training images" if config.holdout
+                         else "the test images, as on the slides"),
+        **result_cells(runs),
+        'The epoch after a drop of the learning rate': '; '.join(drops),
+        'Recomputed from the best weights; held-out runs look at the test images once':
+            ', '.join(map(recomputed, runs)),
+        'Reruns': compare_reruns(runs),
+    }
+
+
+def html_table(corner, rows):
+    """HTML of a table from its corner's text and a dict of rows by name, each a dict by column."""
+    titles = {column: column for cells in rows.values() for column in cells}
+    lines = [''.join(f'<td>{escape(str(text))}</td>' for text in [name, *cells.values()])
+             for name, cells in {corner: titles, **rows}.items()]
+    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
 
 def html_picture(file):
@@ -441,58 +469,61 @@ def html_picture(file):
     return f"<figure><img src='data:image/png;base64,{data}'></figure>"
 
 
-def search_section(folder):
-    """HTML on how a model's hyperparameters were found: the compute, and a table of a folder's trials."""
-    trials = sorted(read_runs(folder), key=lambda run: -run.accuracy)
-    if not trials:
-        return ''
-    config, machine = trials[0].config, trials[0].machine
-    minutes = sum(run.last['seconds'] for run in trials) / 60
-    text = (f"{len(trials)} random trials of up to {config.epochs} epochs, chosen by {config.holdout:,} "
-            f"held-out training images, never by the test images. They took {minutes:.0f} minutes "
-            f"({', '.join(f'{name} {value}' for name, value in machine.items())}).")
-    # A row a trial, of what was sampled and what came out
-    names = SEARCH[config.model]
-    rows = {run.folder.name: [*(getattr(run.config, name) for name in names), len(run.history),
-                              f"{run.accuracy:.2f} %"] for run in trials}
-    return (f"<h2>Search of the hyperparameters: {title(trials[0])}</h2><p>{text}</p>"
-            f"{html_table([*names, 'epochs', 'held-out accuracy'], rows)}")
+def experiment_section(folder):
+    """HTML on a group of runs: the text in its README.md, its figures, and a table of what differs."""
+    settings = read_runs(folder)
+    # The options that differ, whose values are the labels
+    names = [name for name in FIELDS if len({getattr(config, name) for config in settings}) > 1]
+    compared = {', '.join(str(getattr(config, name)) for name in names): settings[config] for config in
+                sorted(settings, key=lambda config: [getattr(config, name) for name in names])}
+    names = ', '.join(names)
+
+    figures = [folder / 'accuracy.png', folder / 'early-stopping.png']
+    plot_accuracy(compared, names, figures[0])
+    plot_early_stopping(compared, names, figures[1])
+    if 'batch_size' in names:  # it decides how long an epoch takes
+        figures.insert(1, folder / 'seconds.png')
+        plot_accuracy(compared, names, figures[1], over='seconds')
+    heading, _, text = read_text(folder / 'README.md').partition('\n')
+    return (f"<h3>{escape(heading.strip('# ') or folder.name)}</h3><p>{escape(text)}</p>"
+            f"<div class='row'>{''.join(map(html_picture, figures))}</div>"
+            f"{html_table(names, {label: result_cells(runs) for label, runs in compared.items()})}")
 
 
-def write_report(runs):
-    """Write results/report.html, a single file with the runs' figures inside, from a list of runs."""
+def write_report(settings):
+    """Write results/report.html, a single file with all figures inside, from what read_runs found."""
     RESULTS.mkdir(exist_ok=True)
-    # The runs of each configuration: the first one counts, the others are reruns of it.
-    by_config = {}
-    for run in runs:
-        by_config.setdefault(run.config, []).append(run)
-    runs = [first for first, *_ in by_config.values()]
+    for runs in settings.values():
+        plot_accuracy({title(runs[0]): runs}, None, runs[0].folder / 'accuracy.png')
 
-    # The slides' table
-    settings = {model: setting_runs(model, runs) for model in MODELS}
-    rows = {f'Setting #{number}': report_row(seeds) if seeds else [TITLES[model]] + [''] * 12
-            for number, (model, seeds) in enumerate(settings.items(), 1)}
-
-    # Of several seeds the first one is plotted.
-    shown = [seeds[0] for seeds in settings.values() if seeds]
+    # For each model the runs on CIFAR-10 rather than synthetic ones, with the options nearest to its setting
+    shown = {}
+    for config in sorted(settings, key=lambda config: (MODELS.index(config.model), config.dataset,
+                                                       len(config.differences(SETTINGS[config.model])))):
+        shown.setdefault(config.model, settings[config])
+    by_title = {title(runs[0]): runs for runs in shown.values()}
     if shown:
-        plot_accuracy(shown, RESULTS / 'accuracy.png')
-    ranking = sorted(shown, key=lambda run: -run.accuracy)
-    winner = ranking[0].folder if shown else RESULTS
-    paragraphs = read_text(RESULTS / 'summary.txt').split('\n\n')
+        plot_accuracy(by_title, None, RESULTS / 'accuracy.png')
+    folders = [runs[0].folder for runs in shown.values()] or [RESULTS]
+    accuracies = ', '.join(f"{name} {runs[0].accuracy:.2f} %" for name, runs in by_title.items())
+    rows = {f'Setting #{MODELS.index(model) + 1}': setting_cells(runs) for model, runs in shown.items()}
+
+    paragraphs = read_text(RESULTS / 'README.md').split('\n\n')
+    groups = sorted({file.parent.parent for file in RESULTS.glob('*/*/config.json')})
     atomic_write(RESULTS / 'report.html', f"""{STYLE}
 <h1>CIFAR-10 Evaluation Report</h1>
-<p>Validation accuracy: {', '.join(f"{title(run)} {run.accuracy:.2f} %" for run in ranking)}.</p>
-{html_table(COLUMNS, rows)}
+<p>Validation accuracy: {accuracies}.</p>
+{html_table('', rows)}
 <h2>Validation dataset accuracy plot</h2>
-<div class="row">{''.join(html_picture(run.folder / 'accuracy.png') for run in shown)}</div>
+<div class="row">{''.join(html_picture(folder / 'accuracy.png') for folder in folders)}</div>
 <h2>Summary [결과 정리]</h2>
-{''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs if paragraph)}
-<div class="row">{html_picture(RESULTS / 'accuracy.png')}{html_picture(winner / 'confusion.png')}</div>
-{html_picture(winner / 'mistakes.png')}{html_picture(winner / 'samples.png')}
-{'<h2>How the accuracies were measured</h2>' if runs else ''}
-{html_table(PROTOCOL, {run.folder.name: protocol_row(run, by_config) for run in runs}) if runs else ''}
-{''.join(map(search_section, sorted(RESULTS.glob('*-search'))))}
+{''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs)}
+<div class="row">{html_picture(RESULTS / 'accuracy.png')}{html_picture(folders[-1] / 'confusion.png')}</div>
+{html_picture(folders[-1] / 'mistakes.png')}{html_picture(folders[-1] / 'samples.png')}
+<h2>Additional experiments</h2>
+{''.join(map(experiment_section, groups))}
+<h2>How the accuracies were measured</h2>
+{html_table('', {runs[0].folder.name: protocol_cells(runs) for runs in settings.values()})}
 </html>
 """.encode(errors='replace'))
 
@@ -587,8 +618,10 @@ def main(arguments=None):
         return evaluate_weights(options, device)
 
     # The runs asked for
-    runs = read_runs()
-    asked = [Run.read(RESULTS / options.name)] if options.name else runs
+    settings = read_runs()
+    asked = [run for seeds in settings.values() for first in seeds for run in (first, *first.reruns)]
+    if options.name:
+        asked = [Run.read(RESULTS / options.name)]
     trained = [run for run in asked if (run.folder / 'best.pt').exists()]
     if not trained and (options.name or options.predict):
         raise UserError(f"No run {options.name or ''} with weights is in {RESULTS}: train one first.")
@@ -600,12 +633,12 @@ def main(arguments=None):
     # Figures and accuracies of each run, then the report
     for run in asked:
         try:
-            plot_accuracy([run], run.folder / 'accuracy.png')
             if run in trained:
                 evaluate_run(run, options.data_dir, device)
         except (UserError, OSError) as error:  # no images, or another program has a figure open
             print_once(f"Not every run is evaluated: {error}")
-    write_report(runs)
+    write_report(settings)
+    print(*map(compare_reruns, settings.values()), sep='', end='')
     print(f"The report is {RESULTS / 'report.html'}.")
     if options.submit:
         submit(options.submit)

@@ -5,11 +5,10 @@ The run is kept in results/<name>/. Whatever ends it, the same command continues
 import io
 import math
 import os
-import random
 import shutil
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,6 @@ import CIFAR10_evaluation
 from CIFAR10_configuration import (
     HISTORY,
     RESULTS,
-    SEARCH,
     Configuration,
     Run,
     UserError,
@@ -190,7 +188,7 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
     # Each epoch seeds itself: order, augmentation and dropout. So a run resumes with no random state saved.
     seed = config.seed * 100_000 + epoch
     torch.manual_seed(seed * 1000 + RANK)
-    batches = training_batches(data, config.batch_size, seed, RANK, WORLD_SIZE)
+    batches = training_batches(data, config, seed, RANK, WORLD_SIZE)
     steps, began = math.ceil(len(data) / config.batch_size), time.time()
     sums = torch.zeros(2, device=data.tensors[0].device)  # of the losses and of the correct answers
     for step, (images, labels) in enumerate(batches, 1):
@@ -201,7 +199,7 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
         # Forward, backward, update
         with autocast:
             logits = model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -219,15 +217,19 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
     return mean_loss, accuracy * 100
 
 
+class Diverged(UserError):
+    """The loss is not finite any more."""
+
+
 def check_loss(loss, where, rate):
-    """Raise UserError unless a loss is finite."""
+    """Raise Diverged unless a loss is finite."""
     if not math.isfinite(loss):
-        raise UserError(f"The loss is {loss} at {where}, learning rate {rate:.2g}: begin anew with --restart "
+        raise Diverged(f"The loss is {loss} at {where}, learning rate {rate:.2g}: begin anew with --restart "
                         "and a smaller --learning-rate; the best weights so far are kept.")
 
 
 def print_step(config, epoch, step, steps, loss, rate, seconds):
-    """Show how far the training is. Raises UserError where its loss is not finite."""
+    """Show how far the training is. Raises Diverged where its loss is not finite."""
     where = f"epoch {epoch + 1}/{config.epochs}  step {step}/{steps}"
     check_loss(loss, where, rate)
     minutes_left = seconds / step * (steps * (config.epochs - epoch) - step) / 60
@@ -256,6 +258,8 @@ def load_images(config, options, device):
     data = data_load(config.dataset, options.data_dir, config.holdout, config.seed, device, options.data_url)
     if LOCAL_RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
+    if config.dataset != 'cifar10':
+        print("These are synthetic images, NOT CIFAR-10.")
     print(f"Training images: {len(data[0]):,}\nValidation images: {len(data[1]):,}\n"
           f"Shape of an image: {list(data[0][0][0].shape)}", flush=True)
 
@@ -335,32 +339,22 @@ def train(name, config, options, device):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Search of the hyperparameters
+# A group of runs
 
 
-def sample_trial(config, trial):
-    """The configuration of a search's trial of that number: the given one, with what SEARCH says sampled."""
-    rng, sampled = random.Random(trial), {}  # the same for the same number
-    for name, choices in SEARCH[config.model].items():
-        if isinstance(choices, list):
-            sampled[name] = rng.choice(choices)
-        else:
-            low, high = map(math.log, choices)
-            sampled[name] = float(f'{math.exp(rng.uniform(low, high)):.2g}')  # two digits are enough
-    return replace(config, **sampled)
-
-
-def search(name, config, options, device):
-    """Train a run for each trial, but those that are finished. Returns the best one."""
-    if options.restart or not config.holdout:
-        raise UserError("--search chooses by held-out training images and goes on where it was: add "
-                        "--holdout 5000, and name a new search with --name instead of --restart.")
+def train_group(configs, options, device):
+    """Train the runs of a group, but those that are finished. Returns the best one."""
     runs = []
-    for trial in range(1, options.search + 1):
-        trial_name, trial_config = f'{name}-search/{trial:02}', sample_trial(config, trial)
-        found = [Run.read(file.parent) for file in RESULTS.glob(f'{trial_name}*/config.json')]
-        done = [run for run in found if run.config == trial_config and should_stop(run.config, run.history)]
-        runs.append(done[0] if done else train(trial_name, trial_config, options, device))
+    for name, config in configs.items():
+        done = [run for file in RESULTS.glob(f'{name}*/config.json')
+                if (run := Run.read(file.parent)).config == config and should_stop(config, run.history)]
+        try:
+            again = options.restart or not done
+            runs.append(train(name, config, options, device) if again else done[0])
+        except Diverged as error:  # that is a result, too
+            print(f"{name}: {error}")
+    if not runs:
+        raise UserError("Every run diverged: choose smaller learning rates.")
     return max(runs, key=lambda run: run.accuracy)
 
 
@@ -369,7 +363,7 @@ def search(name, config, options, device):
 
 
 def main():
-    config, options = parse_configuration()
+    configs, options = parse_configuration()
     device = choose_device(options.device)
     if WORLD_SIZE > 1:
         dist.init_process_group()
@@ -379,10 +373,12 @@ def main():
     if shutil.which('nvidia-smi') and not torch.version.cuda:
         print(f"PyTorch {torch.__version__} is built without CUDA, so this machine's NVIDIA GPU is not used: "
               "pytorch.org has the command that installs one with it.")
-    if config.dataset != 'cifar10':
-        print("These are synthetic images, NOT CIFAR-10.")
     try:
-        run = (search if options.search else train)(options.name or config.model, config, options, device)
+        if len(configs) > 1:
+            run = train_group(configs, options, device)
+        else:
+            [(name, config)] = configs.items()
+            run = train(name, config, options, device)
     except KeyboardInterrupt:
         print("\nInterrupted: the finished epochs are kept, and the same command continues after them.")
         raise

@@ -29,6 +29,7 @@ class ResidualBlock(nn.Module):
 
     (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)
     """
+    shortcut = IdentityPadding  # where the shape changes
 
     def __init__(self, in_channels, out_channels, stride=1, down_sample=False):
         super().__init__()
@@ -46,7 +47,7 @@ class ResidualBlock(nn.Module):
                                bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
-        self.down_sample = IdentityPadding(in_channels, out_channels, stride) if down_sample else None
+        self.down_sample = self.shortcut(in_channels, out_channels, stride) if down_sample else None
 
     def forward(self, x):
         shortcut = x
@@ -63,6 +64,31 @@ class ResidualBlock(nn.Module):
         x += shortcut
         x = self.relu(x)
         return x
+
+
+class Projection(nn.Sequential):
+    """Shortcut where the shape changes, with weights (option B): a 1x1 convolution and batch norm."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__(nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
+                         nn.BatchNorm2d(out_channels))
+
+
+class ProjectionBlock(ResidualBlock):
+    """A ResidualBlock with a projection where the shape changes."""
+    shortcut = Projection
+
+
+class PlainBlock(ResidualBlock):
+    """A ResidualBlock without its shortcut: relu(f(x))."""
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return x
+
+
+BLOCKS = {'residual': ResidualBlock, 'projection': ProjectionBlock, 'plain': PlainBlock}
 
 
 class ResNet(nn.Module):

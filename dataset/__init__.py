@@ -80,22 +80,32 @@ def crop_and_flip(images, offsets, flips):
     return torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
 
 
-def normalize(images):
-    """ToTensor and Normalize for a whole batch: (N, 3, H, W) uint8 -> float32, less MEAN and over STD."""
-    mean, std = torch.tensor([MEAN, STD], device=images.device).view(2, 3, 1, 1)
-    return images.float().div_(255).sub_(mean).div_(std)
+def normalize(images, standardization='on'):
+    """ToTensor and Normalize for a whole batch: (N, 3, H, W) uint8 -> float32, less MEAN and over STD.
+
+    With standardization 'off' it is ToTensor alone: values from 0 to 1.
+    """
+    images = images.float().div_(255)
+    if standardization == 'on':
+        mean, std = torch.tensor([MEAN, STD], device=images.device).view(2, 3, 1, 1)
+        images.sub_(mean).div_(std)
+    return images
 
 
-def training_batches(data, batch_size, seed, rank=0, world_size=1):
-    """Yield an epoch of augmented batches: images (N, 3, 32, 32) float32, labels (N,); seed decides them all.
+def training_batches(data, config, seed, rank=0, world_size=1):
+    """Yield an epoch's batches, images (N, 3, 32, 32) float32 and labels (N,), augmented as config says.
 
-    Of several processes each gets, by its rank, every world_size-th image of a batch.
+    seed decides order and augmentation. Of several processes each gets, by its rank, every world_size-th
+    image of a batch.
     """
     images, labels = data.tensors
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).to(images.device)
     offsets = torch.randint(0, 9, (len(images), 2), generator=generator).to(images.device)
     flips = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-    for batch in order.split(batch_size):
+    for batch in order.split(config.batch_size):
         i = batch[rank::world_size]
-        yield normalize(crop_and_flip(images[i], offsets[i], flips[i])), labels[i]
+        chosen = images[i]
+        if config.augmentation == 'on':
+            chosen = crop_and_flip(chosen, offsets[i], flips[i])
+        yield normalize(chosen, config.standardization), labels[i]
