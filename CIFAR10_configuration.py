@@ -152,9 +152,9 @@ def run_name(text):
     return text
 
 
-def group_and_run(text):
-    """A run's name, or that of a group and of a run in it: GROUP/RUN."""
-    return '/'.join(map(run_name, text.split('/', 1)))
+def path_of_run(text):
+    """A run's name, behind those of the groups that it is in: GROUP/NAME."""
+    return '/'.join(map(run_name, text.split('/')))
 
 
 def named_configurations(options):
@@ -165,30 +165,25 @@ def named_configurations(options):
     given = {name: [values] if FIELDS[name].type is tuple else values
              for name, values in vars(options).items() if name in FIELDS}
     varied = [name for name, values in given.items() if len(values) > 1]
-    combinations = list(product(*given.values()))
-    if options.search is not None:
-        check('--search', options.search, (1, len(combinations) + 1))
-        random.Random(0).shuffle(combinations)  # in the same order each time: a longer search goes on
     runs = {}
-    for number, values in enumerate(combinations[:options.search], 1):
-        chosen = dict(zip(given, values, strict=True))
+    for values in product(*given.values()):
+        chosen = dict(zip(given, values))
         config = replace(SETTINGS[chosen.get('model', 'resnet32')], **chosen)
-        foreign = [name for name in given if config.model not in FIELDS[name].metadata['models']]
-        if foreign:
-            raise UserError(f"{config.model} has no option {flag(foreign[0])}: leave it out, or change "
-                            "--model.")
-        if options.search and not config.holdout:
+        for name in given:
+            if config.model not in FIELDS[name].metadata['models']:
+                raise UserError(f"{config.model} has no option {flag(name)}: leave it out or change --model.")
+        group, label = options.name or '-'.join(varied), '-'.join(str(chosen[name]) for name in varied)
+        runs[f'{group}/{label}' if varied else group or config.model] = config
+    if not runs:  # of --epochs=-- argparse makes no value
+        raise UserError("An option lacks its value; see --help.")
+    if options.search is not None:
+        check('--search', options.search, (1, len(runs) + 1))
+        if not config.holdout:
             raise UserError("--search chooses by held-out training images: add --holdout 5000.")
-        if options.search:
-            name = f'{options.name or config.model}-search/{number:02}'
-        elif varied:
-            label = '-'.join(str(chosen[name]) for name in varied)
-            name = f"{options.name or '-'.join(varied)}/{label}"
-        else:
-            name = options.name or config.model
-        runs[name] = config
-    if name.count('/') > 1:
-        raise UserError(f"{options.name} names one run, but several are asked for: name just their group.")
+        # The same order each time, so that a longer search goes on with a shorter one
+        shuffled = random.Random(0).sample(list(runs.values()), len(runs))
+        runs = {f'{options.name or config.model}-search/{number:02}': config
+                for number, config in enumerate(shuffled[:options.search], 1)}
     return runs
 
 
@@ -196,7 +191,7 @@ def parse_configuration(arguments=None):
     """The Configuration of each run to train, by its name, and the other options of CIFAR10_train.py."""
     parser = Parser("Train one of the three settings on CIFAR-10; the run is kept in results/NAME/. Several "
                     "values for an option train a run for each, in results/NAME/VALUE/.")
-    parser.add_argument('--name', type=group_and_run, help="name of the run (default: the model)")
+    parser.add_argument('--name', type=path_of_run, help="name of the run (default: the model)")
     parser.add_argument('--restart', action='store_true', help="begin anew; the old run is kept")
     parser.add_argument('--search', type=int, metavar='RUNS', help="so many of the combinations, at random")
 

@@ -220,6 +220,14 @@ def new_axes(width, height):
     return Figure(figsize=(width, height), dpi=130, layout='constrained').subplots()
 
 
+def save_figure(axes, file):
+    """Write the figure that axes belong to; where another program has the file open, it stays as it was."""
+    try:
+        axes.figure.savefig(file)
+    except OSError as error:
+        print_once(f"{file} stays as it was ({error.strerror}): close it elsewhere and evaluate again.")
+
+
 def plot_accuracy(compared, names, file, over='epoch'):
     """Plot accuracy over epochs or seconds; of a single curve also where the learning rate dropped.
 
@@ -229,7 +237,7 @@ def plot_accuracy(compared, names, file, over='epoch'):
     for label, runs in compared.items():
         # Of each epoch that all seeds have, what is plotted of each seed: (epochs, seeds, 3)
         values = np.array([[[row[over], row['train_accuracy'], row['val_accuracy']] for row in rows]
-                           for rows in zip(*(run.history for run in runs), strict=False)])
+                           for rows in zip(*(run.history for run in runs))])
         x, training, validation = values.mean(1).T
         deviation = values[:, :, 2].std(1, ddof=len(runs) > 1)
         # Validation with a band of one deviation, training thin, a star at the early-stopping epoch
@@ -243,9 +251,10 @@ def plot_accuracy(compared, names, file, over='epoch'):
                      label=f"learning rate {before['learning_rate']:.2g} to {after['learning_rate']:.2g}")
     axes.set(xlabel=over, ylabel='accuracy (%)',
              title='validation (thick), training (thin), early stopping (star)')
+    axes.locator_params('x', integer=True)
     axes.grid(alpha=0.3)
     axes.figure.legend(loc='outside lower center', ncols=2, fontsize='small', title=names)
-    axes.figure.savefig(file)
+    save_figure(axes, file)
 
 
 def plot_early_stopping(compared, names, file):
@@ -254,10 +263,10 @@ def plot_early_stopping(compared, names, file):
     for label, runs in compared.items():
         accuracies = [run.accuracy for run in runs]
         axes.errorbar(label, np.mean(accuracies), np.std(accuracies, ddof=len(runs) > 1), capsize=5)
-    axes.tick_params('x', rotation=45)
+    axes.tick_params('x', rotation=90)
     axes.set(xlabel=names, ylabel='validation accuracy at early stopping (%)')
     axes.grid(alpha=0.3)
-    axes.figure.savefig(file)
+    save_figure(axes, file)
 
 
 def plot_confusion(run, labels, predicted):
@@ -273,7 +282,7 @@ def plot_confusion(run, labels, predicted):
     # The numbers, but for the zeros
     for y, x in count.nonzero().tolist():
         axes.text(x, y, f'{count[y, x]}', ha='center', va='center', fontsize=8)
-    axes.figure.savefig(run.folder / 'confusion.png')
+    save_figure(axes, run.folder / 'confusion.png')
 
 
 def plot_images(images, columns, heading, file):
@@ -283,7 +292,7 @@ def plot_images(images, columns, heading, file):
     axes.imshow(grid.permute(1, 2, 0).cpu().numpy())
     axes.set_xticks(range(18, grid.shape[2], 34), columns, fontsize=8)  # the middle of each image
     axes.set(yticks=[], title=heading)
-    axes.figure.savefig(file)
+    save_figure(axes, file)
 
 
 def plot_mistakes(run, images, labels, predicted, confidence):
@@ -323,7 +332,8 @@ table { border-collapse: collapse; width: 100%; font-size: 13px }
 td { border: 1px solid #888; padding: 4px; text-align: center }
 tr:first-child { background: #eee; font-weight: bold }
 td:nth-child(-n+2), td:last-child { font-weight: bold } td:nth-child(-n+2) { white-space: nowrap }
-.row { display: flex; gap: 8px } figure { flex: 1; margin: 0; min-width: 0 } img { max-width: 100% }
+.row { display: flex; flex-wrap: wrap; gap: 8px }
+figure { flex: 1 1 300px; margin: 0 } img { max-width: 100% }
 @page { size: A4 landscape; margin: 1cm }
 @media print { img, figure, tr { break-inside: avoid; max-height: 17cm } }
 </style>
@@ -360,16 +370,17 @@ def read_text(file):
     return ''
 
 
-def mean_std(numbers):
+def mean_std(numbers, digits=2):
     """The mean of numbers as text, with the standard deviation where there are several."""
-    spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):#.4g}{spread}"
+    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.{digits}f}{spread}"
 
 
 def setting_cells(runs):
     """The row of the slides' table, a dict by column, of runs that differ only in their seed."""
     run, config = runs[0], runs[0].config
     drops = ', '.join(f"{before['epoch']:.0f}" for before, _ in learning_rate_drops(run))
+    seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
     return {
         'Model': TITLES[config.model],
         'GPU (O/X)': 'X' if run.machine.get('device') == 'cpu' else 'O',
@@ -381,9 +392,9 @@ def setting_cells(runs):
         'Momentum': f'{config.momentum:g}',
         'Weight decay': config.weight_decay or 'X',
         'LR decay': f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay,
-        'training time (m)': mean_std([run.last['seconds'] / 60 for run in runs]),
+        'training time (m)': mean_std([run.last['seconds'] / 60 for run in runs], 1),
         'Early stopping epoch': ', '.join(f"{run.best['epoch']:.0f}" for run in runs),
-        'Accuracy': f"{mean_std([run.accuracy for run in runs])} % ({len(runs)} seed{'s' * (len(runs) > 1)})",
+        'Accuracy': f"{mean_std([run.accuracy for run in runs])} %{seeds}",
     }
 
 
@@ -396,7 +407,7 @@ def result_cells(runs):
         'Accuracy at early stopping (%)': mean_std([run.accuracy for run in runs]),
         'In the last epoch (%)': mean_std([run.last['val_accuracy'] for run in runs]),
         'On the training images (%)': mean_std([run.last['train_accuracy'] for run in runs]),
-        'Minutes': mean_std([run.last['seconds'] / 60 for run in runs]),
+        'Minutes': mean_std([run.last['seconds'] / 60 for run in runs], 1),
     }
 
 
@@ -474,8 +485,8 @@ def experiment_section(folder):
     settings = read_runs(folder)
     # The options that differ, whose values are the labels
     names = [name for name in FIELDS if len({getattr(config, name) for config in settings}) > 1]
-    compared = {', '.join(str(getattr(config, name)) for name in names): settings[config] for config in
-                sorted(settings, key=lambda config: [getattr(config, name) for name in names])}
+    compared = {', '.join(str(getattr(config, name)) for name in names) or folder.name: settings[config]
+                for config in sorted(settings, key=lambda config: [getattr(config, name) for name in names])}
     names = ', '.join(names)
 
     figures = [folder / 'accuracy.png', folder / 'early-stopping.png']
@@ -506,10 +517,12 @@ def write_report(settings):
         plot_accuracy(by_title, None, RESULTS / 'accuracy.png')
     folders = [runs[0].folder for runs in shown.values()] or [RESULTS]
     accuracies = ', '.join(f"{name} {runs[0].accuracy:.2f} %" for name, runs in by_title.items())
-    rows = {f'Setting #{MODELS.index(model) + 1}': setting_cells(runs) for model, runs in shown.items()}
+    rows = {f'Setting #{number}': setting_cells(shown[model]) if model in shown else {'Model': TITLES[model]}
+            for number, model in enumerate(MODELS, 1)}
 
+    measured = {runs[0].folder.name: protocol_cells(runs) for runs in settings.values()}
     paragraphs = read_text(RESULTS / 'README.md').split('\n\n')
-    groups = sorted({file.parent.parent for file in RESULTS.glob('*/*/config.json')})
+    groups = sorted({file.parent.parent for file in RESULTS.glob('*/**/config.json')} - {RESULTS})
     atomic_write(RESULTS / 'report.html', f"""{STYLE}
 <h1>CIFAR-10 Evaluation Report</h1>
 <p>Validation accuracy: {accuracies}.</p>
@@ -520,10 +533,10 @@ def write_report(settings):
 {''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs)}
 <div class="row">{html_picture(RESULTS / 'accuracy.png')}{html_picture(folders[-1] / 'confusion.png')}</div>
 {html_picture(folders[-1] / 'mistakes.png')}{html_picture(folders[-1] / 'samples.png')}
-<h2>Additional experiments</h2>
+{'<h2>Additional experiments</h2>' if groups else ''}
 {''.join(map(experiment_section, groups))}
-<h2>How the accuracies were measured</h2>
-{html_table('', {runs[0].folder.name: protocol_cells(runs) for runs in settings.values()})}
+{'<h2>How the accuracies were measured</h2>' if settings else ''}
+{html_table('', measured) if settings else ''}
 </html>
 """.encode(errors='replace'))
 
@@ -631,11 +644,10 @@ def main(arguments=None):
         return predict_pictures(options.predict, best, device)
 
     # Figures and accuracies of each run, then the report
-    for run in asked:
+    for run in trained:
         try:
-            if run in trained:
-                evaluate_run(run, options.data_dir, device)
-        except (UserError, OSError) as error:  # no images, or another program has a figure open
+            evaluate_run(run, options.data_dir, device)
+        except (UserError, OSError) as error:  # no images, or weights that can't be read
             print_once(f"Not every run is evaluated: {error}")
     write_report(settings)
     print(*map(compare_reruns, settings.values()), sep='', end='')

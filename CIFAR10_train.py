@@ -329,7 +329,7 @@ def train(name, config, options, device):
         # All go by the results of process 0, as batch norm's running means differ a little.
         results = from_process_0(len(run.history) + 1, optimizer.param_groups[0]['lr'], *train_results,
                                  *evaluate(model, val_data), time.time() - began)
-        row = dict(zip(HISTORY, results, strict=True))
+        row = dict(zip(HISTORY, results))
         check_loss(row['val_loss'], f"the validation of epoch {row['epoch']}", row['learning_rate'])
         run.history.append(row)
         save_checkpoint(run, model, optimizer)

@@ -69,9 +69,10 @@ def test_options(name):
     refused = 0
     for value in NUMBERS if name in NUMERIC else WORDS:
         try:
-            config, _ = parse_configuration(['--model', 'mlp', f"--{name.replace('_', '-')}={value}"])
+            runs, _ = parse_configuration(['--model', 'mlp', f"--{name.replace('_', '-')}={value}"])
             assert all(
                 number == number and abs(number) != float('inf')
+                for config in runs.values()
                 for number in vars(config).values()
                 if isinstance(number, float)
             )
@@ -86,7 +87,8 @@ def test_options(name):
     [
         '..',
         '.',
-        'a/b',
+        'a/',
+        'a/..',
         '../a',
         '/tmp/a',
         'a\\b',

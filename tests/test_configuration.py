@@ -10,7 +10,7 @@ from dataset import data_load
 
 MISTAKES = {
     '--model resnet23': 'choose from',
-    '--model': 'expected one argument',
+    '--model': 'expected at least one argument',
     '--epoch 3': '--epoch 3',
     '--epochs 0': '--epochs',
     '--epochs 2.5': 'invalid int',
@@ -36,6 +36,15 @@ MISTAKES = {
     '--dataset synthetic --holdout 5000': 'leaves none',
     '--dataset mnist': 'cifar10',
     '--search 0 --holdout 9': '--search',
+    '--search 3 --holdout 9 --seed 0 1': 'below 3',
+    '--search 1': 'add --holdout 5000',
+    '--depth 33': '8, 14, 20, 32, 44, 56, 110',
+    '--block dense': 'projection',
+    '--model lenet5 --depth 20': 'lenet5 has no option --depth',
+    '--model mlp lenet5 --dropout 0.1': 'lenet5 has no option --dropout',
+    '--augmentation yes': 'off',
+    '--name a/../b --dataset synthetic': '--name',
+    '--epochs=--': 'lacks its value',
     '--model mlp --warmup -1': '--warmup',
     '--patience 0': '--patience',
     '--device tpu': '--device',
@@ -49,8 +58,9 @@ MISTAKES = {
 @pytest.mark.parametrize('line', MISTAKES)
 def test_a_mistake_gets_one_sentence(line):
     with pytest.raises(UserError) as error:
-        config, options = parse_configuration(line.split())
-        data_load(config.dataset, options.data_dir, config.holdout)
+        runs, options = parse_configuration(line.split())
+        for config in runs.values():
+            data_load(config.dataset, options.data_dir, config.holdout)
     assert MISTAKES[line] in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
@@ -74,12 +84,6 @@ def test_every_field_is_an_option_whose_help_gives_its_reason_and_the_settings_d
         )
 
 
-@pytest.mark.parametrize('options', ['', '--holdout 4900 --restart'])
-def test_a_search_without_held_out_images_or_with_restart_is_refused(options, tmp_path):
-    done = script(tmp_path, 'CIFAR10_train.py', '--dataset', 'synthetic', '--search', 2, *options.split())
-    assert done.returncode == 2 and 'add --holdout 5000' in done.stderr and not list(tmp_path.iterdir())
-
-
 def test_records_of_other_versions_are_read():
     """An unknown field is ignored, as is one about speed; a missing one is the default."""
     record = dict(model='lenet5', averaging=0.9, compile='auto', learning_rate=0.5)
@@ -87,11 +91,28 @@ def test_records_of_other_versions_are_read():
 
 
 def test_options_replace_the_defaults_of_the_setting():
-    config, options = parse_configuration(
+    runs, options = parse_configuration(
         '--model mlp --hidden 30 20 --learning-rate 0.5 --data-dir . --name a'.split()
     )
-    assert config == dataclasses.replace(SETTINGS['mlp'], hidden=(30, 20), learning_rate=0.5)
-    assert options.name == 'a' and str(options.data_dir) == '.'
+    assert runs == {'a': dataclasses.replace(SETTINGS['mlp'], hidden=(30, 20), learning_rate=0.5)}
+    assert str(options.data_dir) == '.'
+
+
+def test_several_values_make_a_run_for_each_combination():
+    line = '--model lenet5 --activation relu elu --seed 3 4 --epochs 9'.split()
+    runs, _ = parse_configuration([*line, '--name', 'group'])
+    assert runs == {
+        f'group/{activation}-{seed}': dataclasses.replace(
+            SETTINGS['lenet5'], activation=activation, seed=seed, epochs=9
+        )
+        for activation in ('relu', 'elu')
+        for seed in (3, 4)
+    }
+    assert list(parse_configuration(line)[0]) == [name.replace('group', 'activation-seed') for name in runs]
+    runs, _ = parse_configuration('--model mlp resnet32 --epochs 9'.split())
+    assert runs == {
+        f'model/{model}': dataclasses.replace(SETTINGS[model], epochs=9) for model in ('mlp', 'resnet32')
+    }
 
 
 def test_setting_3_is_as_the_report_demands():

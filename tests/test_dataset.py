@@ -1,16 +1,17 @@
 """Images and augmentation against torchvision's own transforms, and what the synthetic images promise."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-import torchvision.transforms as transforms
+import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from torch.utils.data import TensorDataset
 
-from CIFAR10_configuration import UserError
+from CIFAR10_configuration import SETTINGS, UserError
 from dataset import MEAN, STD, crop_and_flip, data_load, normalize, synthetic, training_batches
 
 
@@ -18,8 +19,8 @@ def test_augmented_batch_equals_torchvision_pixel_for_pixel():
     images = torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8)
     offsets, flips = torch.randint(0, 9, (200, 2)), torch.rand(200) < 0.5
     batch = normalize(crop_and_flip(images, offsets, flips))
-    slides = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))]
+    slides = T.Compose(
+        [T.ToTensor(), T.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))]
     )
     for image, (top, left), flip, ours in zip(images, offsets.tolist(), flips, batch, strict=False):
         image = TF.crop(TF.pad(TF.to_pil_image(image), 4), top, left, 32, 32)
@@ -28,7 +29,7 @@ def test_augmented_batch_equals_torchvision_pixel_for_pixel():
 
 def test_validation_images_equal_torchvision():
     images = torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8)
-    to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    to_tensor = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
     assert torch.equal(
         normalize(images), torch.stack([to_tensor(TF.to_pil_image(image)) for image in images])
     )
@@ -51,7 +52,7 @@ def epoch():
     assert len(versions) == 162
     scale = (torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1))
     drawn, order = [], []
-    for images, labels in training_batches(data, 128, seed=3):
+    for images, labels in training_batches(data, SETTINGS['resnet32'], seed=3):
         pixels = ((images * scale[0] + scale[1]) * 255).round().byte()
         drawn += [versions[p.numpy().tobytes()] for p in pixels]
         order += labels.tolist()
@@ -72,9 +73,22 @@ def test_every_image_comes_once_an_epoch_in_an_order_that_the_seed_decides(epoch
     _, order = epoch
     assert sorted(order) == list(range(16_200)) and order != sorted(order)
     data = TensorDataset(torch.zeros(100, 3, 32, 32, dtype=torch.uint8), torch.arange(100))
-    orders = [torch.cat([labels for _, labels in training_batches(data, 32, seed)]) for seed in (1, 1, 2)]
+    config = replace(SETTINGS['resnet32'], batch_size=32)
+    orders = [torch.cat([labels for _, labels in training_batches(data, config, seed)]) for seed in (1, 1, 2)]
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
-    assert [len(labels) for _, labels in training_batches(data, 32, 0)] == [32, 32, 32, 4]
+    assert [len(labels) for _, labels in training_batches(data, config, 0)] == [32, 32, 32, 4]
+
+
+@pytest.mark.parametrize('standardization', ['on', 'off'])
+def test_without_augmentation_the_images_are_what_torchvision_makes_of_them(standardization):
+    data = TensorDataset(*data_load('synthetic')[0][:50])
+    config = replace(SETTINGS['lenet5'], augmentation='off', standardization=standardization)
+    [(images, labels)] = training_batches(data, config, seed=1)
+    [(_, order)] = training_batches(TensorDataset(data.tensors[0], torch.arange(50)), config, seed=1)
+    assert torch.equal(labels, data.tensors[1][order]) and order.tolist() != list(range(50))
+    steps = [T.ToPILImage(), T.ToTensor(), *([T.Normalize(MEAN, STD)] if standardization == 'on' else [])]
+    wanted = torch.stack([T.Compose(steps)(data[i][0]) for i in order])
+    torch.testing.assert_close(images, wanted)
 
 
 def test_holdout_is_balanced_disjoint_and_decided_by_the_seed():

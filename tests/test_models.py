@@ -6,9 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from CIFAR10_configuration import Configuration
+from CIFAR10_evaluation import build_model
 from LeNet5_model import LeNet5_model
 from MLP_model import ACTIVATIONS, MLP_model
-from ResNet_model import IdentityPadding, ResidualBlock, ResNet, ResNet32_model
+from ResNet_model import (
+    BLOCKS,
+    IdentityPadding,
+    PlainBlock,
+    ProjectionBlock,
+    ResidualBlock,
+    ResNet,
+    ResNet32_model,
+)
 
 
 def parameters(model):
@@ -19,8 +29,25 @@ def test_parameter_counts_are_the_published_ones():
     assert parameters(ResNet32_model()) == 464_154  # 0.46 million in table 6 of He et al. 2016
     assert parameters(LeNet5_model()) == 62_006
     assert parameters(MLP_model((1024, 512))) == (3072 + 1) * 1024 + (1024 + 1) * 512 + (512 + 1) * 10
-    assert parameters(ResNet(3, ResidualBlock)) == 269_722  # ResNet-20, 0.27 million in the same table
     assert ResNet(3, ResidualBlock, num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+# 0.27, 0.46, 0.66, 0.85 and 1.7 million in table 6 of He et al. 2016
+@pytest.mark.parametrize(
+    'depth, count', [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018), (110, 1_727_962)]
+)
+def test_depth_counts_the_layers_with_weights(depth, count):
+    model = build_model(Configuration(depth=depth), torch.device('cpu'))
+    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert parameters(model) == count and len(layers) == depth
+
+
+@pytest.mark.parametrize('block', BLOCKS)
+def test_blocks_differ_in_their_shortcuts_weights_only(block):
+    model = build_model(Configuration(depth=8, block=block), torch.device('cpu'))
+    shortcuts = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64) if block == 'projection' else 0
+    assert parameters(model) == parameters(ResNet(1, ResidualBlock)) + shortcuts
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_resnet32_has_the_slides_layers_and_feature_maps():
@@ -56,17 +83,25 @@ def test_identity_padding_keeps_every_second_pixel_and_adds_zero_channels():
 
 
 @pytest.mark.parametrize('channels, stride', [(16, 1), (32, 2)])
-def test_residual_block_is_relu_of_shortcut_plus_two_convolutions(channels, stride):
-    block = ResidualBlock(16, channels, stride, stride == 2).eval()
+@pytest.mark.parametrize('block', [ResidualBlock, ProjectionBlock, PlainBlock])
+def test_a_block_is_relu_of_shortcut_plus_two_convolutions(block, channels, stride):
+    torch.manual_seed(0)
+    made = block(16, channels, stride, stride == 2).eval()
     x = torch.randn(2, 16, 8, 8)
 
     def batch_norm(x, bn):
         return (x - bn.running_mean.view(-1, 1, 1)) / (bn.running_var.view(-1, 1, 1) + bn.eps).sqrt()
 
-    y = F.relu(batch_norm(F.conv2d(x, block.conv1.weight, stride=stride, padding=1), block.bn1))
-    y = batch_norm(F.conv2d(y, block.conv2.weight, padding=1), block.bn2)
+    y = F.relu(batch_norm(F.conv2d(x, made.conv1.weight, stride=stride, padding=1), made.bn1))
+    y = batch_norm(F.conv2d(y, made.conv2.weight, padding=1), made.bn2)
     shortcut = x if stride == 1 else torch.cat([x[:, :, ::2, ::2], torch.zeros(2, 16, 4, 4)], 1)
-    torch.testing.assert_close(block(x), F.relu(y + shortcut))
+    if block is ProjectionBlock and stride == 2:
+        conv, bn = made.down_sample
+        assert conv.weight.shape == (32, 16, 1, 1)
+        shortcut = batch_norm(torch.einsum('oi,nihw->nohw', conv.weight[:, :, 0, 0], x[:, :, ::2, ::2]), bn)
+    if block is PlainBlock:
+        shortcut = 0
+    torch.testing.assert_close(made(x), F.relu(y + shortcut))
 
 
 FORMULAS = {

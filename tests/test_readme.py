@@ -8,12 +8,16 @@ import torch
 from conftest import ROOT, script
 from torchvision.transforms.functional import to_pil_image
 
-LINES = [
-    line.strip()
-    for line in (ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
-    if line.startswith('    ')
-]
-COMMANDS = list(dict.fromkeys(line for line in LINES if line.startswith('python CIFAR10')))
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+
+
+def commands(text):
+    """The commands in a text, which are indented, each once."""
+    return list(dict.fromkeys(re.findall('^    (python CIFAR10.*)$', text, re.MULTILINE)))
+
+
+COMMANDS = commands(README)
+EXPERIMENTS = commands(README.split('## Experiments')[1].split('##')[0])
 
 
 @pytest.fixture(scope='module')
@@ -36,14 +40,28 @@ def test_the_first_run_learns(tmp_path):
     )
 
 
+def shortened(options):
+    """The options of a training, shortened to an epoch on few synthetic images."""
+    small = {'--holdout': '50', '--search': '2'}
+    options = [small.get(before, option) for before, option in zip(['', *options], options)]
+    batch_size = [] if '--batch-size' in options else ['--batch-size', '10']
+    return [*options, '--dataset', 'synthetic', '--epochs', '1', *batch_size]
+
+
 @pytest.mark.parametrize('command', COMMANDS[1:])  # the first one is the test above
 def test_command_of_the_readme(command, folder, few_images):
     _, name, *options = shlex.split(command)
     if name == 'CIFAR10_train.py':
-        small = {'--holdout': '50', '--search': '2', '--batch-size': '10'}
-        options = [small.get(before, option) for before, option in zip(['', *options], options, strict=False)]
-        options += ['--dataset', 'synthetic', '--epochs', '1', '--batch-size', '10']
+        options = shortened(options)
     elif '--weights' in options:
         options += ['--dataset', 'synthetic']
     done = script(folder, name, *options)
     assert done.returncode == 0, done.stderr
+    if command in EXPERIMENTS:
+        group = options[options.index('--name') + 1].split('/')[0]
+        report = (folder / 'results' / 'report.html').read_text(encoding='utf-8')
+        assert f'<h3>{group}</h3>' in report
+
+
+def test_there_are_seven_experiments():
+    assert len({re.search(r'--name (\w+)', command)[1] for command in EXPERIMENTS}) == 7

@@ -84,8 +84,9 @@ def test_a_failing_compiler_is_named_and_leaving_it_out_advised(tmp_path, monkey
 
 def test_processes_together_see_each_batch_once():
     data = first(130)
-    whole = list(training_batches(data, 32, seed=5))
-    shares = [list(training_batches(data, 32, 5, rank, 3)) for rank in range(3)]
+    config = dataclasses.replace(SETTINGS['lenet5'], batch_size=32)
+    whole = list(training_batches(data, config, seed=5))
+    shares = [list(training_batches(data, config, 5, rank, 3)) for rank in range(3)]
     for batch, *parts in zip(whole, *shares, strict=True):
         for rank, (images, labels) in enumerate(parts):
             assert torch.equal(images, batch[0][rank::3]) and torch.equal(labels, batch[1][rank::3])

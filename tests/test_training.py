@@ -11,13 +11,12 @@ from conftest import rows, script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
-from CIFAR10_configuration import HISTORY, SEARCH, SETTINGS, Configuration
+from CIFAR10_configuration import HISTORY, SETTINGS, parse_configuration
 from CIFAR10_evaluation import build_model, evaluate, load_file, load_weights, predict
 from CIFAR10_train import (
     apply_max_norm,
     build_optimizer,
     get_learning_rate,
-    sample_trial,
     should_stop,
     train_epoch,
 )
@@ -133,7 +132,7 @@ def test_an_epoch_equals_a_loop_written_out_by_hand(name):
     loss, accuracy = train_epoch(ours, build_optimizer(ours, config), data, config, 0, FLOAT32)
     velocity = {p: torch.zeros_like(p) for p in theirs.parameters()}
     losses, correct = 0, 0
-    for images, labels in training_batches(data, 50, seed=0):
+    for images, labels in training_batches(data, config, seed=0):
         theirs.zero_grad()
         logits = theirs(images)
         mean = torch.nn.CrossEntropyLoss()(logits, labels)
@@ -150,8 +149,8 @@ def test_an_epoch_equals_a_loop_written_out_by_hand(name):
     assert loss == pytest.approx(losses / 180) and accuracy == pytest.approx(correct / 1.8)
 
 
-def test_nesterov_and_label_smoothing_equal_a_loop_written_out_by_hand():
-    """Nesterov's update as in Sutskever et al. 2013, smoothed labels as in Szegedy et al. 2016."""
+def test_nesterov_equals_a_loop_written_out_by_hand():
+    """Nesterov's update as in Sutskever et al. 2013."""
     config = dataclasses.replace(
         SETTINGS['lenet5'],
         optimizer='nesterov',
@@ -161,17 +160,15 @@ def test_nesterov_and_label_smoothing_equal_a_loop_written_out_by_hand():
         warmup=0.0,
         learning_rate_decay='none',
         batch_size=50,
-        label_smoothing=0.2,
     )
     data = first(150)
     ours = InDouble(build_model(config, CPU))
     theirs = copy.deepcopy(ours)
     train_epoch(ours, build_optimizer(ours, config), data, config, 0, FLOAT32)
     velocity = {p: torch.zeros_like(p) for p in theirs.parameters()}
-    for images, labels in training_batches(data, 50, seed=0):
+    for images, labels in training_batches(data, config, seed=0):
         theirs.zero_grad()
-        wanted = torch.full((len(labels), 10), 0.02).double().scatter(1, labels[:, None], 0.82)
-        (-wanted * theirs(images).log_softmax(1)).sum(1).mean().backward()
+        torch.nn.CrossEntropyLoss()(theirs(images), labels).backward()
         for p in theirs.parameters():
             gradient = p.grad + 1e-3 * p.data
             velocity[p] = 0.9 * velocity[p] + gradient
@@ -308,39 +305,32 @@ def test_weight_restriction_bounds_every_unit_and_leaves_small_ones_alone():
             assert torch.equal(old, new)
 
 
-@pytest.mark.parametrize('model', SETTINGS)
-def test_a_search_samples_within_its_ranges_and_the_same_again(model):
-    setting = SETTINGS[model]
-    trials = [sample_trial(setting, number) for number in range(1, 60)]
-    assert trials == [sample_trial(setting, number) for number in range(1, 60)]
-    for f in dataclasses.fields(Configuration):
-        found, choices = {getattr(trial, f.name) for trial in trials}, SEARCH[model].get(f.name)
-        if choices is None:
-            assert found == {getattr(setting, f.name)}
-        elif isinstance(choices, list):
-            assert found == set(choices)
-        else:
-            middle = (choices[0] * choices[1]) ** 0.5
-            assert choices[0] <= min(found) < middle < max(found) <= choices[1]
-            assert 15 < sum(getattr(trial, f.name) < middle for trial in trials) < 44
+GRID = '--model lenet5 --learning-rate 0.01 0.02 0.05 --activation relu elu tanh --holdout 4900'.split()
+
+
+def test_a_search_draws_some_of_the_combinations_and_the_same_again():
+    everything = parse_configuration(GRID)[0].values()
+    names, drawn = zip(*parse_configuration([*GRID, '--search', '7'])[0].items(), strict=True)
+    assert names == tuple(f'lenet5-search/0{number}' for number in range(1, 8))
+    assert len(set(drawn)) == 7 and set(drawn) < set(everything)
+    assert list(drawn) != [config for config in everything if config in drawn]  # not in their order
+    longer = tuple(parse_configuration([*GRID, '--search', '9'])[0].values())
+    assert longer[:7] == drawn and set(longer) == set(everything)
 
 
 def test_a_search_repeats_no_finished_trial_and_returns_to_its_best(tmp_path):
     command = [
         'CIFAR10_train.py',
-        '--model',
-        'lenet5',
+        *GRID,
         '--dataset',
         'synthetic',
         '--epochs',
         1,
-        '--holdout',
-        4900,
         '--search',
     ]
     done = script(tmp_path, *command, 2)
     assert done.returncode == 0, done.stderr
-    folders = sorted((tmp_path / 'results').glob('lenet5-search/*'))
+    folders = sorted((tmp_path / 'results').glob('lenet5-search/*/'))
     before = {
         file: file.read_bytes()
         for folder in folders
@@ -352,13 +342,12 @@ def test_a_search_repeats_no_finished_trial_and_returns_to_its_best(tmp_path):
     assert before == {file: file.read_bytes() for file in before}
     best = max(
         float(row['val_accuracy'])
-        for folder in (tmp_path / 'results').glob('lenet5-search/*')
+        for folder in (tmp_path / 'results').glob('lenet5-search/*/')
         for row in rows(folder)
     )
     assert f'{best:.2f} % recomputed' in again.stdout
     report = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')
-    assert '3 random trials of up to 1 epochs' in report
-    assert all(f'<td>{folder.name}</td>' in report for folder in folders)
+    assert '<h3>lenet5-search</h3>' in report and 'activation, learning_rate</td>' in report
 
 
 @pytest.mark.parametrize(
