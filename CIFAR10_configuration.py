@@ -21,7 +21,7 @@ if os.name == 'nt':
 else:
     import fcntl
 
-RESULTS = Path('results')  # holds a folder for each run
+RESULTS = Path('results')  # holds a folder for each run, and for each group of runs
 MODELS = ['mlp', 'lenet5', 'resnet32']
 
 
@@ -153,7 +153,7 @@ def run_name(text):
 
 
 def path_of_run(text):
-    """A run's name, behind those of the groups that it is in: GROUP/NAME."""
+    """The name of a run, or of one in a group: GROUP/RUN."""
     return '/'.join(map(run_name, text.split('/')))
 
 
@@ -162,25 +162,27 @@ def named_configurations(options):
 
     Options with several values make a group: a run for each combination, or for so many as --search says.
     """
+    # The values of each option; those of --hidden and --milestones are one value.
     given = {name: [values] if FIELDS[name].type is tuple else values
              for name, values in vars(options).items() if name in FIELDS}
     varied = [name for name, values in given.items() if len(values) > 1]
     runs = {}
-    for values in product(*given.values()):
-        chosen = dict(zip(given, values))
+    for combination in product(*given.values()):
+        chosen = dict(zip(given, combination))
         config = replace(SETTINGS[chosen.get('model', 'resnet32')], **chosen)
         for name in given:
             if config.model not in FIELDS[name].metadata['models']:
                 raise UserError(f"{config.model} has no option {flag(name)}: leave it out or change --model.")
-        group, label = options.name or '-'.join(varied), '-'.join(str(chosen[name]) for name in varied)
-        runs[f'{group}/{label}' if varied else group or config.model] = config
+        group = options.name or '-'.join(varied) or config.model
+        label = '-'.join(str(chosen[name]) for name in varied)
+        runs[f'{group}/{label}' if varied else group] = config
     if not runs:  # of --epochs=-- argparse makes no value
         raise UserError("An option lacks its value; see --help.")
     if options.search is not None:
         check('--search', options.search, (1, len(runs) + 1))
-        if not config.holdout:
+        if not all(config.holdout for config in runs.values()):
             raise UserError("--search chooses by held-out training images: add --holdout 5000.")
-        # The same order each time, so that a longer search goes on with a shorter one
+        # The same order each time, so that a longer search continues a shorter one
         shuffled = random.Random(0).sample(list(runs.values()), len(runs))
         runs = {f'{options.name or config.model}-search/{number:02}': config
                 for number, config in enumerate(shuffled[:options.search], 1)}
@@ -190,8 +192,8 @@ def named_configurations(options):
 def parse_configuration(arguments=None):
     """The Configuration of each run to train, by its name, and the other options of CIFAR10_train.py."""
     parser = Parser("Train one of the three settings on CIFAR-10; the run is kept in results/NAME/. Several "
-                    "values for an option train a run for each, in results/NAME/VALUE/.")
-    parser.add_argument('--name', type=path_of_run, help="name of the run (default: the model)")
+                    "values for an option make a group, with a run for each in results/GROUP/RUN/.")
+    parser.add_argument('--name', type=path_of_run, help="name of the run or group (default: the model)")
     parser.add_argument('--restart', action='store_true', help="begin anew; the old run is kept")
     parser.add_argument('--search', type=int, metavar='RUNS', help="so many of the combinations, at random")
 

@@ -239,13 +239,14 @@ def plot_accuracy(compared, names, file, over='epoch'):
         values = np.array([[[row[over], row['train_accuracy'], row['val_accuracy']] for row in rows]
                            for rows in zip(*(run.history for run in runs))])
         x, training, validation = values.mean(1).T
-        deviation = values[:, :, 2].std(1, ddof=len(runs) > 1)
-        # Validation with a band of one deviation, training thin, a star at the early-stopping epoch
+        deviation = values[:, :, 2].std(1, ddof=len(runs) > 1)  # a single seed has none
+        # Validation with a band of one deviation, training thin, a star at the best epoch of the mean
         [line] = axes.plot(x, validation, label=label, markevery=0.1)
         thin = dict(color=line.get_color(), linewidth=0.6)
         axes.fill_between(x, validation - deviation, validation + deviation, alpha=0.2, **thin)
         axes.plot(x, training, marker='', **thin)
-        axes.plot(runs[0].best[over], runs[0].accuracy, 'k*', zorder=3)
+        best = validation.argmax()
+        axes.plot(x[best], validation[best], 'k*', zorder=3)
     for before, after in learning_rate_drops(runs[0]) if len(compared) == 1 else []:
         axes.axvline(after['epoch'] - 0.5, color='grey', linestyle=':',
                      label=f"learning rate {before['learning_rate']:.2g} to {after['learning_rate']:.2g}")
@@ -262,9 +263,9 @@ def plot_early_stopping(compared, names, file):
     axes = new_axes(5.5, 4.5)
     for label, runs in compared.items():
         accuracies = [run.accuracy for run in runs]
-        axes.errorbar(label, np.mean(accuracies), np.std(accuracies, ddof=len(runs) > 1), capsize=5)
-    axes.tick_params('x', rotation=90)
-    axes.set(xlabel=names, ylabel='validation accuracy at early stopping (%)')
+        axes.errorbar(np.mean(accuracies), label, xerr=np.std(accuracies, ddof=len(runs) > 1), capsize=5)
+    axes.invert_yaxis()  # in the order of the table
+    axes.set(xlabel='validation accuracy at early stopping (%)', ylabel=names)
     axes.grid(alpha=0.3)
     save_figure(axes, file)
 
@@ -317,7 +318,8 @@ def plot_samples(run, images, labels):
     augmented = crop_and_flip(copies, torch.randint(0, 9, (len(copies), 2)), torch.rand(len(copies)) < 0.5)
     plot_images(torch.cat([samples, augmented]),
                 [CLASSES[run.config.dataset][label] for label in classes],
-                f"{run.config.dataset}: training images, below them random crops and flips",
+                f"{run.config.dataset}: training images, below them crops and flips (augmentation "
+                f"{run.config.augmentation})",
                 run.folder / 'samples.png')
 
 
@@ -345,18 +347,18 @@ def read_runs(folder=RESULTS):
 
     A run like an older one is among the reruns of that one. What can't be read is named and left out.
     """
-    settings = {}
+    by_config = {}
     for file in sorted(sorted(folder.glob('*/config.json')), key=os.path.getmtime):
         try:
             run = Run.read(file.parent)
         except UserError as error:
             print(error)
             continue
-        seeds = settings.setdefault(replace(run.config, seed=0), {})
+        seeds = by_config.setdefault(replace(run.config, seed=0), {})
         first = seeds.setdefault(run.config.seed, run)
         if first is not run:
             first.reruns.append(run)
-    return {config: list(seeds.values()) for config, seeds in settings.items()}
+    return {config: list(seeds.values()) for config, seeds in by_config.items()}
 
 
 def read_text(file):
@@ -382,7 +384,7 @@ def setting_cells(runs):
     drops = ', '.join(f"{before['epoch']:.0f}" for before, _ in learning_rate_drops(run))
     seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
     return {
-        'Model': TITLES[config.model],
+        'Model': title(run),
         'GPU (O/X)': 'X' if run.machine.get('device') == 'cpu' else 'O',
         'Batch_size': config.batch_size,
         'Activation function': {'relu': 'ReLU', 'elu': 'ELU'}.get(config.activation, config.activation),
@@ -402,28 +404,30 @@ def result_cells(runs):
     """What came out of runs that differ only in their seed, a dict by column."""
     model = build_model(runs[0].config, torch.device('cpu'))
     return {
+        'Model': title(runs[0]),
         'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
         'Epochs': ', '.join(str(len(run.history)) for run in runs),
         'Accuracy at early stopping (%)': mean_std([run.accuracy for run in runs]),
         'In the last epoch (%)': mean_std([run.last['val_accuracy'] for run in runs]),
-        'On the training images (%)': mean_std([run.last['train_accuracy'] for run in runs]),
+        'On the training images then (%)': mean_std([run.last['train_accuracy'] for run in runs]),
         'Minutes': mean_std([run.last['seconds'] / 60 for run in runs], 1),
     }
 
 
 def compare_reruns(runs):
     """A line on each rerun of runs that differ only in their seed: whether it gave the same again."""
-    seeds, lines = [run.accuracy for run in runs], ''
+    accuracies = [run.accuracy for run in runs]
+    lines = ''
     for first in runs:
         for rerun in first.reruns:
             difference = rerun.accuracy - first.accuracy
-            verdict = "with no other seed to compare"
-            if len(seeds) > 1:
-                verdict = f"within two deviations of the seeds ({mean_std(seeds)} %)"
-                if abs(difference) > 2 * statistics.stdev(seeds):
-                    verdict = "NOT " + verdict
+            within = f"within two deviations of the seeds ({mean_std(accuracies)} %)"
             if abs(difference) < 0.005:
                 verdict = "the same to the digit"
+            elif len(runs) == 1:
+                verdict = "with no other seed to compare"
+            else:
+                verdict = within if abs(difference) <= 2 * statistics.stdev(accuracies) else f"NOT {within}"
             machine = "the same" if rerun.machine == first.machine else "another"
             lines += (f"{rerun.folder.name} repeats {first.folder.name}: {rerun.accuracy:.2f} % in "
                       f"{len(rerun.history)} of {rerun.config.epochs} epochs, {difference:+.2f} points, "
@@ -452,11 +456,10 @@ def protocol_cells(runs):
     drops = [f"{before['val_accuracy']:.2f} % to {after['val_accuracy']:.2f} % at epoch {after['epoch']:.0f}"
              for before, after in learning_rate_drops(runs[0])]
     return {
-        'Model': title(runs[0]),
+        **result_cells(runs),
         'Other options': ' '.join(options),
         'Validated on': (f"{config.holdout:,} held-out training images" if config.holdout
                          else "the test images, as on the slides"),
-        **result_cells(runs),
         'The epoch after a drop of the learning rate': '; '.join(drops),
         'Recomputed from the best weights; held-out runs look at the test images once':
             ', '.join(map(recomputed, runs)),
@@ -465,7 +468,7 @@ def protocol_cells(runs):
 
 
 def html_table(corner, rows):
-    """HTML of a table from its corner's text and a dict of rows by name, each a dict by column."""
+    """HTML of a table from its corner's text and a dict of rows by name, each a dict by the same columns."""
     titles = {column: column for cells in rows.values() for column in cells}
     lines = [''.join(f'<td>{escape(str(text))}</td>' for text in [name, *cells.values()])
              for name, cells in {corner: titles, **rows}.items()]
@@ -482,47 +485,49 @@ def html_picture(file):
 
 def experiment_section(folder):
     """HTML on a group of runs: the text in its README.md, its figures, and a table of what differs."""
-    settings = read_runs(folder)
+    by_config = read_runs(folder)
     # The options that differ, whose values are the labels
-    names = [name for name in FIELDS if len({getattr(config, name) for config in settings}) > 1]
-    compared = {', '.join(str(getattr(config, name)) for name in names) or folder.name: settings[config]
-                for config in sorted(settings, key=lambda config: [getattr(config, name) for name in names])}
-    names = ', '.join(names)
+    names = [name for name in FIELDS if len({getattr(config, name) for config in by_config}) > 1]
+    compared = {}
+    for config in sorted(by_config, key=lambda config: [getattr(config, name) for name in names]):
+        label = ', '.join(str(getattr(config, name)) for name in names)
+        compared[label or folder.name] = by_config[config]
 
+    corner = ', '.join(names)
     figures = [folder / 'accuracy.png', folder / 'early-stopping.png']
-    plot_accuracy(compared, names, figures[0])
-    plot_early_stopping(compared, names, figures[1])
+    plot_accuracy(compared, corner, figures[0])
+    plot_early_stopping(compared, corner, figures[1])
     if 'batch_size' in names:  # it decides how long an epoch takes
         figures.insert(1, folder / 'seconds.png')
-        plot_accuracy(compared, names, figures[1], over='seconds')
+        plot_accuracy(compared, corner, figures[1], over='seconds')
     heading, _, text = read_text(folder / 'README.md').partition('\n')
     return (f"<h3>{escape(heading.strip('# ') or folder.name)}</h3><p>{escape(text)}</p>"
             f"<div class='row'>{''.join(map(html_picture, figures))}</div>"
-            f"{html_table(names, {label: result_cells(runs) for label, runs in compared.items()})}")
+            f"{html_table(corner, {label: result_cells(runs) for label, runs in compared.items()})}")
 
 
-def write_report(settings):
+def write_report(by_config):
     """Write results/report.html, a single file with all figures inside, from what read_runs found."""
     RESULTS.mkdir(exist_ok=True)
-    for runs in settings.values():
+    for runs in by_config.values():
         plot_accuracy({title(runs[0]): runs}, None, runs[0].folder / 'accuracy.png')
 
-    # For each model the runs on CIFAR-10 rather than synthetic ones, with the options nearest to its setting
+    # For each model the runs with the options nearest to its setting; 'cifar10' comes before 'synthetic'
     shown = {}
-    for config in sorted(settings, key=lambda config: (MODELS.index(config.model), config.dataset,
-                                                       len(config.differences(SETTINGS[config.model])))):
-        shown.setdefault(config.model, settings[config])
+    for config in sorted(by_config, key=lambda config: (MODELS.index(config.model), config.dataset,
+                                                        len(config.differences(SETTINGS[config.model])))):
+        shown.setdefault(config.model, by_config[config])
     by_title = {title(runs[0]): runs for runs in shown.values()}
     if shown:
         plot_accuracy(by_title, None, RESULTS / 'accuracy.png')
-    folders = [runs[0].folder for runs in shown.values()] or [RESULTS]
+
+    folders = [runs[0].folder for runs in shown.values()] or [RESULTS]  # the last one is of the deepest net
     accuracies = ', '.join(f"{name} {runs[0].accuracy:.2f} %" for name, runs in by_title.items())
     rows = {f'Setting #{number}': setting_cells(shown[model]) if model in shown else {'Model': TITLES[model]}
             for number, model in enumerate(MODELS, 1)}
-
-    measured = {runs[0].folder.name: protocol_cells(runs) for runs in settings.values()}
+    measured = {runs[0].folder.name: protocol_cells(runs) for runs in by_config.values()}
     paragraphs = read_text(RESULTS / 'README.md').split('\n\n')
-    groups = sorted({file.parent.parent for file in RESULTS.glob('*/**/config.json')} - {RESULTS})
+    groups = sorted({file.parent.parent for file in RESULTS.glob('*/*/**/config.json')})
     atomic_write(RESULTS / 'report.html', f"""{STYLE}
 <h1>CIFAR-10 Evaluation Report</h1>
 <p>Validation accuracy: {accuracies}.</p>
@@ -535,8 +540,8 @@ def write_report(settings):
 {html_picture(folders[-1] / 'mistakes.png')}{html_picture(folders[-1] / 'samples.png')}
 {'<h2>Additional experiments</h2>' if groups else ''}
 {''.join(map(experiment_section, groups))}
-{'<h2>How the accuracies were measured</h2>' if settings else ''}
-{html_table('', measured) if settings else ''}
+{'<h2>How the accuracies were measured</h2>' if measured else ''}
+{html_table('', measured) if measured else ''}
 </html>
 """.encode(errors='replace'))
 
@@ -631,8 +636,8 @@ def main(arguments=None):
         return evaluate_weights(options, device)
 
     # The runs asked for
-    settings = read_runs()
-    asked = [run for seeds in settings.values() for first in seeds for run in (first, *first.reruns)]
+    by_config = read_runs()
+    asked = [run for runs in by_config.values() for first in runs for run in (first, *first.reruns)]
     if options.name:
         asked = [Run.read(RESULTS / options.name)]
     trained = [run for run in asked if (run.folder / 'best.pt').exists()]
@@ -649,8 +654,8 @@ def main(arguments=None):
             evaluate_run(run, options.data_dir, device)
         except (UserError, OSError) as error:  # no images, or weights that can't be read
             print_once(f"Not every run is evaluated: {error}")
-    write_report(settings)
-    print(*map(compare_reruns, settings.values()), sep='', end='')
+    write_report(by_config)
+    print(*map(compare_reruns, by_config.values()), sep='', end='')
     print(f"The report is {RESULTS / 'report.html'}.")
     if options.submit:
         submit(options.submit)

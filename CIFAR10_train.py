@@ -159,7 +159,7 @@ def open_run(name, config, restart):
                 epoch = len(checkpoint['history']) + 1
                 print(f"Continuing {folder.relative_to(RESULTS)} at epoch {epoch} of {config.epochs}.")
                 return folder, checkpoint, held
-        elif not any((folder / name).exists() for name in ('config.json', 'best.pt')):
+        elif not any((folder / file).exists() for file in ('config.json', 'best.pt')):
             if folder != folders[0]:
                 print(f"{folders[0]} holds a finished run, which stays: this one goes to {folder}.")
             return folder, None, held
@@ -225,7 +225,7 @@ def check_loss(loss, where, rate):
     """Raise Diverged unless a loss is finite."""
     if not math.isfinite(loss):
         raise Diverged(f"The loss is {loss} at {where}, learning rate {rate:.2g}: begin anew with --restart "
-                        "and a smaller --learning-rate; the best weights so far are kept.")
+                       "and a smaller --learning-rate; the best weights so far are kept.")
 
 
 def print_step(config, epoch, step, steps, loss, rate, seconds):
@@ -346,12 +346,16 @@ def train_group(configs, options, device):
     """Train the runs of a group, but those that are finished. Returns the best one."""
     runs = []
     for name, config in configs.items():
-        done = [run for file in RESULTS.glob(f'{name}*/config.json')
-                if (run := Run.read(file.parent)).config == config and should_stop(config, run.history)]
+        found = [Run.read(file.parent) for file in RESULTS.glob(f'{name}*/config.json')]
+        done = [run for run in found if run.config == config and should_stop(config, run.history)]
+        [done] = from_process_0(done)
+        if done and not options.restart:
+            print(f"{name} is finished.")
+            runs.append(done[0])
+            continue
         try:
-            again = options.restart or not done
-            runs.append(train(name, config, options, device) if again else done[0])
-        except Diverged as error:  # that is a result, too
+            runs.append(train(name, config, options, device))
+        except Diverged as error:  # the others may learn
             print(f"{name}: {error}")
     if not runs:
         raise UserError("Every run diverged: choose smaller learning rates.")
@@ -374,10 +378,10 @@ def main():
         print(f"PyTorch {torch.__version__} is built without CUDA, so this machine's NVIDIA GPU is not used: "
               "pytorch.org has the command that installs one with it.")
     try:
-        if len(configs) > 1:
+        name, config = next(iter(configs.items()))
+        if '/' in name:
             run = train_group(configs, options, device)
         else:
-            [(name, config)] = configs.items()
             run = train(name, config, options, device)
     except KeyboardInterrupt:
         print("\nInterrupted: the finished epochs are kept, and the same command continues after them.")

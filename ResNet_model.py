@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
 
     (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)
     """
-    shortcut = IdentityPadding  # where the shape changes
+    Shortcut = IdentityPadding  # where the shape changes
 
     def __init__(self, in_channels, out_channels, stride=1, down_sample=False):
         super().__init__()
@@ -47,7 +47,7 @@ class ResidualBlock(nn.Module):
                                bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
-        self.down_sample = self.shortcut(in_channels, out_channels, stride) if down_sample else None
+        self.down_sample = self.Shortcut(in_channels, out_channels, stride) if down_sample else None
 
     def forward(self, x):
         shortcut = x
@@ -76,7 +76,7 @@ class Projection(nn.Sequential):
 
 class ProjectionBlock(ResidualBlock):
     """A ResidualBlock with a projection where the shape changes."""
-    shortcut = Projection
+    Shortcut = Projection
 
 
 class PlainBlock(ResidualBlock):

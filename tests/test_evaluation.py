@@ -62,7 +62,7 @@ def test_report_holds_the_slides_table(report, trained):
     assert [row[0] for row in settings] == ['Setting #1', 'Setting #2', 'Setting #3']
     resnet = dict(zip(header, settings[2], strict=False))
     assert [resnet[name] for name in COLUMNS[:10]] == [
-        'ResNet-32',
+        'ResNet-32 (synthetic, NOT CIFAR-10)',
         'X' if not torch.cuda.is_available() else 'O',
         '10',
         'ReLU',
@@ -138,14 +138,14 @@ def test_runs_that_differ_only_in_their_seed_are_one_row_of_mean_and_deviation(t
     done = script(tmp_path, 'CIFAR10_evaluation.py')
     assert done.returncode == 0, done.stderr
     report = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')
-    row = next(row for row in table(report) if row[1] == 'LeNet-5')
+    row = next(row for row in table(report) if row[1].startswith('LeNet-5'))
     assert row[-3:] == [
         '2.0 ± 0.0',
         '1, 1, 1',
         f'{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} % (3 seeds)',
     ]
     other = next(row for row in table(report) if row[0] == 'other')
-    assert other[2] == '--dataset synthetic --seed 2 --epochs 2 --warmup 3.0'
+    assert '--dataset synthetic --seed 2 --epochs 2 --warmup 3.0' in other
     assert 'Written &lt;by hand&gt;.' in report
 
 

@@ -52,12 +52,13 @@ def test_two_runs_under_one_name_become_a_section_that_compares_them(group):
         values = {
             'Accuracy at early stopping (%)': [max(float(r['val_accuracy']) for r in run) for run in seeds],
             'In the last epoch (%)': [float(run[-1]['val_accuracy']) for run in seeds],
-            'On the training images (%)': [float(run[-1]['train_accuracy']) for run in seeds],
+            'On the training images then (%)': [float(run[-1]['train_accuracy']) for run in seeds],
         }
         for column, numbers in values.items():
             mean, deviation = map(float, row[column].split(' ± '))
             assert mean == pytest.approx(statistics.mean(numbers), abs=0.006)
             assert deviation == pytest.approx(statistics.stdev(numbers), abs=0.006)
+        assert row['Model'] == 'MLP (synthetic, NOT CIFAR-10)'
         assert row['Parameters'] == f'{(3072 + 1) * 8 + 2 * 8 + (8 + 1) * 10:,}' and row['Epochs'] == '2, 2'
 
 
@@ -78,9 +79,19 @@ def test_a_group_goes_on_where_it_was(group):
         file.unlink()
     again = script(group[0], *SMALL, '--name', 'act', '--activation', 'tanh', 'relu', '--seed', 0, 1)
     assert again.returncode == 0 and again.stdout.count('epoch 2/2') == 1, again.stderr
+    assert again.stdout.count(' is finished.') == 3
     kept = {file: content for file, content in before.items() if file.parent.name != 'relu-1'}
     assert len(kept) == 6 and kept == {file: file.read_bytes() for file in kept}
     assert len(list(folder.glob('*/config.json'))) == 4
+
+
+def test_a_single_run_of_a_group_is_not_trained_again_either(tmp_path, few_images):
+    command = [*SMALL, '--batch-size', 10, '--name', 'rates/slow', '--learning-rate', 0.001]
+    assert 'epoch 2/2' in script(tmp_path, *command).stdout
+    assert 'rates/slow is finished.' in script(tmp_path, *command).stdout
+    assert 'is finished' not in script(tmp_path, *command, '--restart').stdout
+    assert sorted(folder.name for folder in (tmp_path / 'results' / 'rates').glob('*/')) == ['slow', 'slow-2']
+    assert section(tmp_path, 'rates')[2][0]['Epochs'] == '2'
 
 
 def test_a_run_that_diverges_ends_no_group(tmp_path):
@@ -154,7 +165,7 @@ def test_curves_are_means_over_the_seeds_with_a_band_of_a_deviation(over, step, 
     x = step * np.array([1, 2, 3])
     np.testing.assert_allclose(lines[0], np.array([x, [15, 35, 40]]).T)
     np.testing.assert_allclose(lines[1], np.array([x, [16, 36, 41]]).T)  # training
-    np.testing.assert_allclose(lines[2], [[2 * step, 30]])  # the first seed's early-stopping epoch
+    np.testing.assert_allclose(lines[2], [[3 * step, 40]])  # the early-stopping epoch
     np.testing.assert_allclose(lines[3], np.array([x[:2], [50, 60]]).T)
     band = axes.collections[0].get_paths()[0].vertices
     deviation = statistics.stdev([20, 60])
@@ -170,11 +181,12 @@ def test_curves_are_means_over_the_seeds_with_a_band_of_a_deviation(over, step, 
 def test_early_stopping_is_shown_with_bars_of_a_deviation(drawn):
     CIFAR10_evaluation.plot_early_stopping(COMPARED, 'option', None)
     [axes] = drawn
-    assert isinstance(axes, matplotlib.axes.Axes) and axes.get_xlabel() == 'option'
+    assert isinstance(axes, matplotlib.axes.Axes) and axes.get_ylabel() == 'option'
+    assert [text.get_text() for text in axes.get_yticklabels()] == ['one', 'two'] and axes.yaxis_inverted()
     (first, _, [bars]), (second, _, _) = axes.containers
-    assert (first.get_ydata()[0], second.get_ydata()[0]) == (50, 60)
+    assert (first.get_xdata()[0], second.get_xdata()[0]) == (50, 60)
     deviation = statistics.stdev([30, 70])
-    assert bars.get_segments()[0][:, 1] == pytest.approx([50 - deviation, 50 + deviation])
+    assert bars.get_segments()[0][:, 0] == pytest.approx([50 - deviation, 50 + deviation])
 
 
 def test_drops_of_the_learning_rate_are_marked_on_a_single_curve(drawn):

@@ -42,7 +42,7 @@ def test_the_first_run_learns(tmp_path):
 
 def shortened(options):
     """The options of a training, shortened to an epoch on few synthetic images."""
-    small = {'--holdout': '50', '--search': '2'}
+    small = {'--holdout': '50'}
     options = [small.get(before, option) for before, option in zip(['', *options], options)]
     batch_size = [] if '--batch-size' in options else ['--batch-size', '10']
     return [*options, '--dataset', 'synthetic', '--epochs', '1', *batch_size]
