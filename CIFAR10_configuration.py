@@ -179,13 +179,13 @@ def named_configurations(options):
     if not runs:  # of --epochs=-- argparse makes no value
         raise UserError("An option lacks its value; see --help.")
     if options.search is not None:
-        check('--search', options.search, (1, len(runs) + 1))
+        check(f'--search among {len(runs)} combinations', options.search, (1, len(runs) + 1))
         if not all(config.holdout for config in runs.values()):
             raise UserError("--search chooses by held-out training images: add --holdout 5000.")
         # The same order each time, so that a longer search continues a shorter one
         shuffled = random.Random(0).sample(list(runs.values()), len(runs))
-        runs = {f'{options.name or config.model}-search/{number:02}': config
-                for number, config in enumerate(shuffled[:options.search], 1)}
+        group = f'{options.name or config.model}-search'
+        runs = {f'{group}/{number:02}': config for number, config in enumerate(shuffled[:options.search], 1)}
     return runs
 
 
@@ -256,8 +256,9 @@ class Run:
         """Write config.json and history.csv."""
         record = dict(configuration=asdict(self.config), machine=self.machine)
         lines = [HISTORY] + [[f'{number:.10g}' for number in row.values()] for row in self.history]
-        atomic_write(self.folder / 'config.json', json.dumps(record, indent=1).encode())
         atomic_write(self.folder / 'history.csv', ''.join(','.join(line) + '\n' for line in lines).encode())
+        # The last one, as by it a folder is known to hold a run
+        atomic_write(self.folder / 'config.json', json.dumps(record, indent=1).encode())
 
     @staticmethod
     def read(folder):

@@ -198,9 +198,10 @@ def evaluate_run(run, data_dir, device):
 # As the papers write them
 TITLES = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': 'ResNet-32'}
 
-# Colours that the colour-blind tell apart, each with a marker
+# Ten colours that the colour-blind tell apart, each with a marker; the next ten curves are dashed.
 style.use(['tableau-colorblind10', {'axes.titlesize': 'medium'}])
-rcParams['axes.prop_cycle'] += cycler(marker=list('osD^vPX<>d'))
+markers = cycler(marker=list('osD^vPX<>d'))
+rcParams['axes.prop_cycle'] = cycler(linestyle=['-', '--']) * (rcParams['axes.prop_cycle'] + markers)
 
 
 def title(run):
@@ -242,7 +243,7 @@ def plot_accuracy(compared, names, file, over='epoch'):
         deviation = values[:, :, 2].std(1, ddof=len(runs) > 1)  # a single seed has none
         # Validation with a band of one deviation, training thin, a star at the best epoch of the mean
         [line] = axes.plot(x, validation, label=label, markevery=0.1)
-        thin = dict(color=line.get_color(), linewidth=0.6)
+        thin = dict(color=line.get_color(), linestyle=line.get_linestyle(), linewidth=0.6)
         axes.fill_between(x, validation - deviation, validation + deviation, alpha=0.2, **thin)
         axes.plot(x, training, marker='', **thin)
         best = validation.argmax()
@@ -343,22 +344,28 @@ figure { flex: 1 1 300px; margin: 0 } img { max-width: 100% }
 
 
 def read_runs(folder=RESULTS):
-    """Lists of a folder's runs that differ only in their seed, the oldest first, by their configuration.
-
-    A run like an older one is among the reruns of that one. What can't be read is named and left out.
-    """
-    by_config = {}
+    """The runs in a folder, the oldest first; those that can't be read are named and left out."""
+    runs = []
     for file in sorted(sorted(folder.glob('*/config.json')), key=os.path.getmtime):
         try:
-            run = Run.read(file.parent)
+            runs.append(Run.read(file.parent))
         except UserError as error:
-            print(error)
-            continue
-        seeds = by_config.setdefault(replace(run.config, seed=0), {})
+            print_once(str(error))
+    return runs
+
+
+def by_config(runs):
+    """Lists of the runs that differ only in their seed, by their configuration.
+
+    A run that repeats an earlier one, with the same seed, is among the reruns of that one.
+    """
+    found = {}
+    for run in runs:
+        seeds = found.setdefault(replace(run.config, seed=0), {})
         first = seeds.setdefault(run.config.seed, run)
         if first is not run:
             first.reruns.append(run)
-    return {config: list(seeds.values()) for config, seeds in by_config.items()}
+    return {config: list(seeds.values()) for config, seeds in found.items()}
 
 
 def read_text(file):
@@ -485,13 +492,15 @@ def html_picture(file):
 
 def experiment_section(folder):
     """HTML on a group of runs: the text in its README.md, its figures, and a table of what differs."""
-    by_config = read_runs(folder)
-    # The options that differ, whose values are the labels
-    names = [name for name in FIELDS if len({getattr(config, name) for config in by_config}) > 1]
+    groups = by_config(read_runs(folder))
+    # The options that differ, but not just because the models' settings do; their values are the labels.
+    models = {config.model for config in groups}
+    names = [name for name in FIELDS if len({(config.model, getattr(config, name)) for config in groups})
+             > (1 if name == 'model' else len(models))]
     compared = {}
-    for config in sorted(by_config, key=lambda config: [getattr(config, name) for name in names]):
+    for config in sorted(groups, key=lambda config: [getattr(config, name) for name in names]):
         label = ', '.join(str(getattr(config, name)) for name in names)
-        compared[label or folder.name] = by_config[config]
+        compared[label or config.model] = groups[config]
 
     corner = ', '.join(names)
     figures = [folder / 'accuracy.png', folder / 'early-stopping.png']
@@ -500,23 +509,25 @@ def experiment_section(folder):
     if 'batch_size' in names:  # it decides how long an epoch takes
         figures.insert(1, folder / 'seconds.png')
         plot_accuracy(compared, corner, figures[1], over='seconds')
-    heading, _, text = read_text(folder / 'README.md').partition('\n')
+    heading, _, text = read_text(folder / 'README.md').strip().partition('\n')
     return (f"<h3>{escape(heading.strip('# ') or folder.name)}</h3><p>{escape(text)}</p>"
             f"<div class='row'>{''.join(map(html_picture, figures))}</div>"
             f"{html_table(corner, {label: result_cells(runs) for label, runs in compared.items()})}")
 
 
-def write_report(by_config):
-    """Write results/report.html, a single file with all figures inside, from what read_runs found."""
+def write_report(runs):
+    """Write results/report.html, a single file with all figures inside, of a list of runs and all groups."""
     RESULTS.mkdir(exist_ok=True)
-    for runs in by_config.values():
+    found = by_config(runs)
+    print(*map(compare_reruns, found.values()), sep='', end='')
+    for runs in found.values():
         plot_accuracy({title(runs[0]): runs}, None, runs[0].folder / 'accuracy.png')
 
     # For each model the runs with the options nearest to its setting; 'cifar10' comes before 'synthetic'
     shown = {}
-    for config in sorted(by_config, key=lambda config: (MODELS.index(config.model), config.dataset,
-                                                        len(config.differences(SETTINGS[config.model])))):
-        shown.setdefault(config.model, by_config[config])
+    for config in sorted(found, key=lambda config: (MODELS.index(config.model), config.dataset,
+                                                    len(config.differences(SETTINGS[config.model])))):
+        shown.setdefault(config.model, found[config])
     by_title = {title(runs[0]): runs for runs in shown.values()}
     if shown:
         plot_accuracy(by_title, None, RESULTS / 'accuracy.png')
@@ -525,7 +536,7 @@ def write_report(by_config):
     accuracies = ', '.join(f"{name} {runs[0].accuracy:.2f} %" for name, runs in by_title.items())
     rows = {f'Setting #{number}': setting_cells(shown[model]) if model in shown else {'Model': TITLES[model]}
             for number, model in enumerate(MODELS, 1)}
-    measured = {runs[0].folder.name: protocol_cells(runs) for runs in by_config.values()}
+    measured = {runs[0].folder.name: protocol_cells(runs) for runs in found.values()}
     paragraphs = read_text(RESULTS / 'README.md').split('\n\n')
     groups = sorted({file.parent.parent for file in RESULTS.glob('*/*/**/config.json')})
     atomic_write(RESULTS / 'report.html', f"""{STYLE}
@@ -636,10 +647,8 @@ def main(arguments=None):
         return evaluate_weights(options, device)
 
     # The runs asked for
-    by_config = read_runs()
-    asked = [run for runs in by_config.values() for first in runs for run in (first, *first.reruns)]
-    if options.name:
-        asked = [Run.read(RESULTS / options.name)]
+    runs = read_runs()
+    asked = [Run.read(RESULTS / options.name)] if options.name else runs
     trained = [run for run in asked if (run.folder / 'best.pt').exists()]
     if not trained and (options.name or options.predict):
         raise UserError(f"No run {options.name or ''} with weights is in {RESULTS}: train one first.")
@@ -654,8 +663,7 @@ def main(arguments=None):
             evaluate_run(run, options.data_dir, device)
         except (UserError, OSError) as error:  # no images, or weights that can't be read
             print_once(f"Not every run is evaluated: {error}")
-    write_report(by_config)
-    print(*map(compare_reruns, by_config.values()), sep='', end='')
+    write_report(runs)
     print(f"The report is {RESULTS / 'report.html'}.")
     if options.submit:
         submit(options.submit)

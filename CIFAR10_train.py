@@ -37,6 +37,7 @@ from CIFAR10_evaluation import (
     describe_machine,
     evaluate,
     load_file,
+    read_runs,
 )
 from dataset import data_load, training_batches
 
@@ -143,8 +144,11 @@ def open_run(name, config, restart):
 
     What is finished stays as it is: the new run goes to <name>-2, -3 ..., or with restart the old one does.
     """
+    def holds_run(folder):
+        return any((folder / file).exists() for file in ('config.json', 'best.pt', 'last.pt'))
+
     folders = [RESULTS / name, *(RESULTS / f'{name}-{number}' for number in range(2, 1000))]
-    if restart and folders[0].exists():
+    if restart and holds_run(folders[0]):
         lock(folders[0] / 'lock').close()  # nobody is writing there
         aside = next(folder for folder in folders if not folder.exists())
         folders[0].rename(aside)
@@ -159,7 +163,7 @@ def open_run(name, config, restart):
                 epoch = len(checkpoint['history']) + 1
                 print(f"Continuing {folder.relative_to(RESULTS)} at epoch {epoch} of {config.epochs}.")
                 return folder, checkpoint, held
-        elif not any((folder / file).exists() for file in ('config.json', 'best.pt')):
+        elif not holds_run(folder):
             if folder != folders[0]:
                 print(f"{folders[0]} holds a finished run, which stays: this one goes to {folder}.")
             return folder, None, held
@@ -346,8 +350,8 @@ def train_group(configs, options, device):
     """Train the runs of a group, but those that are finished. Returns the best one."""
     runs = []
     for name, config in configs.items():
-        found = [Run.read(file.parent) for file in RESULTS.glob(f'{name}*/config.json')]
-        done = [run for run in found if run.config == config and should_stop(config, run.history)]
+        done = [run for run in read_runs((RESULTS / name).parent)
+                if run.config == config and should_stop(config, run.history)]
         [done] = from_process_0(done)
         if done and not options.restart:
             print(f"{name} is finished.")
@@ -391,8 +395,9 @@ def main():
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        CIFAR10_evaluation.main(
-            ['--name', str(run.folder.relative_to(RESULTS)), '--data-dir', options.data_dir])
+        trained = (run.folder / 'best.pt').exists()  # a committed run of a group may lack its weights
+        only = ['--name', str(run.folder.relative_to(RESULTS))] if trained else []
+        CIFAR10_evaluation.main([*only, '--data-dir', options.data_dir])
 
 
 if __name__ == '__main__':

@@ -36,7 +36,7 @@ MISTAKES = {
     '--dataset synthetic --holdout 5000': 'leaves none',
     '--dataset mnist': 'cifar10',
     '--search 0 --holdout 9': '--search',
-    '--search 3 --holdout 9 --seed 0 1': 'below 3',
+    '--search 3 --holdout 9 --seed 0 1': 'among 2 combinations',
     '--search 1': 'add --holdout 5000',
     '--depth 33': '8, 14, 20, 32, 44, 56, 110',
     '--block dense': 'projection',

@@ -2,6 +2,7 @@
 
 import html
 import re
+import shutil
 import statistics
 
 import matplotlib.axes
@@ -71,18 +72,51 @@ def test_a_group_without_a_text_is_called_by_its_name(group):
 def test_a_group_goes_on_where_it_was(group):
     folder = group[0] / 'results' / 'act'
     before = {file: file.read_bytes() for file in folder.glob('*/*.pt')}
-    (folder / 'relu-1' / 'history.csv').unlink()
-    (folder / 'relu-1' / 'last.pt').unlink()
-    again = script(group[0], *SMALL, '--name', 'act', '--activation', 'tanh', 'relu', '--seed', 0, 1)
-    assert again.returncode == 2 and 'relu-1' in again.stderr  # a damaged run is named
-    for file in (folder / 'relu-1').iterdir():
-        file.unlink()
-    again = script(group[0], *SMALL, '--name', 'act', '--activation', 'tanh', 'relu', '--seed', 0, 1)
+    (folder / 'relu-1' / 'history.csv').write_text('damaged')
+    (folder / 'relu-0' / 'last.pt').unlink()  # as where only records were committed
+    command = [*SMALL, '--name', 'act', '--activation', 'tanh', 'relu', '--seed', 0, 1]
+    again = script(group[0], *command)
     assert again.returncode == 0 and again.stdout.count('epoch 2/2') == 1, again.stderr
+    assert again.stdout.count('relu-1 holds no readable run') == 1 and 'act/relu-1-2' in again.stdout
     assert again.stdout.count(' is finished.') == 3
+    again = script(group[0], *command[:-4], 'relu', 'tanh', '--seed', 1, 0)  # in another order
+    assert again.returncode == 0 and again.stdout.count(' is finished.') == 4, again.stderr
     kept = {file: content for file, content in before.items() if file.parent.name != 'relu-1'}
-    assert len(kept) == 6 and kept == {file: file.read_bytes() for file in kept}
-    assert len(list(folder.glob('*/config.json'))) == 4
+    del kept[folder / 'relu-0' / 'last.pt']
+    assert len(kept) == 5 and kept == {file: file.read_bytes() for file in kept}
+    shutil.rmtree(folder / 'relu-1')
+    (folder / 'relu-1-2').rename(folder / 'relu-1')
+
+
+def test_a_group_of_records_alone_is_finished_and_reported(group, tmp_path):
+    source = group[0] / 'results' / 'act'
+    for file in source.glob('*-0/*.*'):
+        if file.suffix in ('.json', '.csv'):
+            (tmp_path / 'results' / 'act' / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / 'results' / 'act' / file.parent.name)
+    done = script(tmp_path, *SMALL, '--name', 'act', '--activation', 'tanh', 'relu')
+    assert done.returncode == 0 and done.stdout.count(' is finished.') == 2, done.stderr
+    assert len(section(tmp_path, 'act')[2]) == 2
+
+
+def test_a_group_stays_where_it_is_when_a_run_of_its_name_is_restarted(group):
+    done = script(group[0], *SMALL, '--name', 'act', '--restart')
+    assert done.returncode == 0 and (group[0] / 'results' / 'act' / 'relu-0').exists(), done.stderr
+    for file in (group[0] / 'results' / 'act').glob('*.*'):
+        file.unlink()
+
+
+def test_several_models_are_labelled_by_what_was_varied(tmp_path, few_images):
+    command = ['CIFAR10_train.py', '--name', 'm', '--dataset', 'synthetic', '--epochs', 1, '--batch-size', 10]
+    done = script(tmp_path, *command, '--model', 'mlp', 'lenet5', '--augmentation', 'on', 'off')
+    assert done.returncode == 0, done.stderr
+    table = section(tmp_path, 'm')[2]
+    assert [row['model, augmentation'] for row in table] == [
+        'lenet5, off',
+        'lenet5, on',
+        'mlp, off',
+        'mlp, on',
+    ]
 
 
 def test_a_single_run_of_a_group_is_not_trained_again_either(tmp_path, few_images):
