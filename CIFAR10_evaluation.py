@@ -337,8 +337,9 @@ tr:first-child { background: #eee; font-weight: bold }
 td:nth-child(-n+2), td:last-child { font-weight: bold } td:nth-child(-n+2) { white-space: nowrap }
 .row { display: flex; flex-wrap: wrap; gap: 8px }
 figure { flex: 1 1 300px; margin: 0 } img { max-width: 100% }
+@media (max-width: 800px) { table { display: block; overflow-x: auto } }
 @page { size: A4 landscape; margin: 1cm }
-@media print { img, figure, tr { break-inside: avoid; max-height: 17cm } }
+@media print { h2, h3 { break-after: avoid } img, figure, tr { break-inside: avoid; max-height: 17cm } }
 </style>
 """
 
