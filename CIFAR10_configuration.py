@@ -168,7 +168,7 @@ def named_configurations(options):
     varied = [name for name, values in given.items() if len(values) > 1]
     runs = {}
     for combination in product(*given.values()):
-        chosen = dict(zip(given, combination))
+        chosen = dict(zip(given, combination, strict=True))
         config = replace(SETTINGS[chosen.get('model', 'resnet32')], **chosen)
         for name in given:
             if config.model not in FIELDS[name].metadata['models']:

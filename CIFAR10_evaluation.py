@@ -238,7 +238,7 @@ def plot_accuracy(compared, names, file, over='epoch'):
     for label, runs in compared.items():
         # Of each epoch that all seeds have, what is plotted of each seed: (epochs, seeds, 3)
         values = np.array([[[row[over], row['train_accuracy'], row['val_accuracy']] for row in rows]
-                           for rows in zip(*(run.history for run in runs))])
+                           for rows in zip(*(run.history for run in runs), strict=False)])
         x, training, validation = values.mean(1).T
         deviation = values[:, :, 2].std(1, ddof=len(runs) > 1)  # a single seed has none
         # Validation with a band of one deviation, training thin, a star at the best epoch of the mean
@@ -520,24 +520,24 @@ def write_report(runs):
     """Write results/report.html, a single file with all figures inside, of a list of runs and all groups."""
     RESULTS.mkdir(exist_ok=True)
     found = by_config(runs)
-    print(*map(compare_reruns, found.values()), sep='', end='')
-    for runs in found.values():
-        plot_accuracy({title(runs[0]): runs}, None, runs[0].folder / 'accuracy.png')
+    for seeds in found.values():
+        plot_accuracy({title(seeds[0]): seeds}, None, seeds[0].folder / 'accuracy.png')
 
     # For each model the runs with the options nearest to its setting; 'cifar10' comes before 'synthetic'
     shown = {}
     for config in sorted(found, key=lambda config: (MODELS.index(config.model), config.dataset,
                                                     len(config.differences(SETTINGS[config.model])))):
         shown.setdefault(config.model, found[config])
-    by_title = {title(runs[0]): runs for runs in shown.values()}
+    by_title = {title(seeds[0]): seeds for seeds in shown.values()}
     if shown:
         plot_accuracy(by_title, None, RESULTS / 'accuracy.png')
 
-    folders = [runs[0].folder for runs in shown.values()] or [RESULTS]  # the last one is of the deepest net
-    accuracies = ', '.join(f"{name} {runs[0].accuracy:.2f} %" for name, runs in by_title.items())
+    folders = [seeds[0].folder for seeds in shown.values()] or [RESULTS]  # the last one is of the deepest net
+    accuracies = ', '.join(f"{name} {seeds[0].accuracy:.2f} %" for name, seeds in by_title.items())
     rows = {f'Setting #{number}': setting_cells(shown[model]) if model in shown else {'Model': TITLES[model]}
             for number, model in enumerate(MODELS, 1)}
-    measured = {runs[0].folder.name: protocol_cells(runs) for runs in found.values()}
+    measured = {seeds[0].folder.name: protocol_cells(seeds) for seeds in found.values()}
+    print(*(cells['Reruns'] for cells in measured.values()), sep='', end='')
     paragraphs = read_text(RESULTS / 'README.md').split('\n\n')
     groups = sorted({file.parent.parent for file in RESULTS.glob('*/*/**/config.json')})
     atomic_write(RESULTS / 'report.html', f"""{STYLE}
@@ -547,7 +547,7 @@ def write_report(runs):
 <h2>Validation dataset accuracy plot</h2>
 <div class="row">{''.join(html_picture(folder / 'accuracy.png') for folder in folders)}</div>
 <h2>Summary [결과 정리]</h2>
-{''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs)}
+{''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs if paragraph)}
 <div class="row">{html_picture(RESULTS / 'accuracy.png')}{html_picture(folders[-1] / 'confusion.png')}</div>
 {html_picture(folders[-1] / 'mistakes.png')}{html_picture(folders[-1] / 'samples.png')}
 {'<h2>Additional experiments</h2>' if groups else ''}

@@ -333,7 +333,7 @@ def train(name, config, options, device):
         # All go by the results of process 0, as batch norm's running means differ a little.
         results = from_process_0(len(run.history) + 1, optimizer.param_groups[0]['lr'], *train_results,
                                  *evaluate(model, val_data), time.time() - began)
-        row = dict(zip(HISTORY, results))
+        row = dict(zip(HISTORY, results, strict=True))
         check_loss(row['val_loss'], f"the validation of epoch {row['epoch']}", row['learning_rate'])
         run.history.append(row)
         save_checkpoint(run, model, optimizer)
@@ -348,14 +348,14 @@ def train(name, config, options, device):
 
 def train_group(configs, options, device):
     """Train the runs of a group, but those that are finished. Returns the best one."""
+    # Of equal ones the oldest counts.
+    found = reversed(read_runs((RESULTS / next(iter(configs))).parent))
+    [finished] = from_process_0({run.config: run for run in found if should_stop(run.config, run.history)})
     runs = []
     for name, config in configs.items():
-        done = [run for run in read_runs((RESULTS / name).parent)
-                if run.config == config and should_stop(config, run.history)]
-        [done] = from_process_0(done)
-        if done and not options.restart:
+        if config in finished and not options.restart:
             print(f"{name} is finished.")
-            runs.append(done[0])
+            runs.append(finished[config])
             continue
         try:
             runs.append(train(name, config, options, device))

@@ -4,6 +4,7 @@ import html
 import re
 import shutil
 import statistics
+from dataclasses import replace
 
 import matplotlib.axes
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import rows, script
 
 import CIFAR10_evaluation
 import CIFAR10_train
-from CIFAR10_configuration import HISTORY, SETTINGS, Configuration, Run, UserError, replace
+from CIFAR10_configuration import HISTORY, SETTINGS, Configuration, Run, UserError
 
 SMALL = ['CIFAR10_train.py', '--model', 'mlp', '--hidden', 8, '--dataset', 'synthetic', '--epochs', 2]
 

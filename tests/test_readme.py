@@ -43,7 +43,7 @@ def test_the_first_run_learns(tmp_path):
 def shortened(options):
     """The options of a training, shortened to an epoch on few synthetic images."""
     small = {'--holdout': '50'}
-    options = [small.get(before, option) for before, option in zip(['', *options], options)]
+    options = [small.get(before, option) for before, option in zip(['', *options], options, strict=False)]
     batch_size = [] if '--batch-size' in options else ['--batch-size', '10']
     return [*options, '--dataset', 'synthetic', '--epochs', '1', *batch_size]
 
