@@ -356,7 +356,7 @@ def read_runs(folder=RESULTS):
 
 
 def by_config(runs):
-    """Lists of the runs that differ only in their seed, by their configuration.
+    """Lists of the runs that differ only in their seed, in its order, by their configuration.
 
     A run that repeats an earlier one, with the same seed, is among the reruns of that one.
     """
@@ -366,7 +366,7 @@ def by_config(runs):
         first = seeds.setdefault(run.config.seed, run)
         if first is not run:
             first.reruns.append(run)
-    return {config: list(seeds.values()) for config, seeds in found.items()}
+    return {config: [seeds[seed] for seed in sorted(seeds)] for config, seeds in found.items()}
 
 
 def read_text(file):

@@ -178,6 +178,13 @@ def run(accuracies, seed=0, **changes):
     return Run(None, replace(SETTINGS['lenet5'], seed=seed, **changes), {}, history)
 
 
+def test_runs_are_listed_in_the_order_of_their_seeds_and_a_later_equal_one_is_a_rerun():
+    found = [run([10], seed=2), run([20]), run([30], seed=1), run([40]), run([50], epochs=9)]
+    first, other = CIFAR10_evaluation.by_config(found).values()
+    assert first == [found[1], found[2], found[0]] and other == [found[4]]
+    assert [r.reruns for r in first] == [[found[3]], [], []]
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """The axes of the figures that were drawn, instead of their files."""
