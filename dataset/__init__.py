@@ -48,7 +48,7 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
         return data, read(train=False)
     if holdout >= len(data):
         raise UserError(f"--holdout {holdout} leaves none of {len(data)} training images: choose fewer.")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(device)
     by_class = order[data.tensors[1][order].argsort(stable=True)].view(10, -1)  # image numbers, a row a class
     order = by_class.T.flatten()  # one image of each class in turn
     return TensorDataset(*data[order[holdout:]]), TensorDataset(*data[order[:holdout]])

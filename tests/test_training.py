@@ -385,7 +385,9 @@ def test_training_on_a_gpu(tmp_path):
         'synthetic',
         '--epochs',
         2,
+        '--holdout',
+        500,
         '--device',
         'cuda',
     )
-    assert done.returncode == 0 and 'Device: cuda' in done.stdout
+    assert done.returncode == 0 and 'Device: cuda' in done.stdout, done.stderr
