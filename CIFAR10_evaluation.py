@@ -206,8 +206,9 @@ rcParams['axes.prop_cycle'] = cycler(linestyle=['-', '--']) * (rcParams['axes.pr
 
 def title(run):
     """What figures and texts call a run's model; synthetic images are told apart from CIFAR-10."""
-    note = "" if run.config.dataset == 'cifar10' else " (synthetic, NOT CIFAR-10)"
-    return TITLES[run.config.model] + note
+    config = run.config
+    name = f'ResNet-{config.depth}' if config.model == 'resnet32' else TITLES[config.model]
+    return name if config.dataset == 'cifar10' else f"{name} (synthetic, NOT CIFAR-10)"
 
 
 def learning_rate_drops(run):
@@ -248,9 +249,10 @@ def plot_accuracy(compared, names, file, over='epoch'):
         axes.plot(x, training, marker='', **thin)
         best = validation.argmax()
         axes.plot(x[best], validation[best], 'k*', zorder=3)
-    for before, after in learning_rate_drops(runs[0]) if len(compared) == 1 else []:
-        axes.axvline(after['epoch'] - 0.5, color='grey', linestyle=':',
-                     label=f"learning rate {before['learning_rate']:.2g} to {after['learning_rate']:.2g}")
+    drops = [after['epoch'] - 0.5 for _, after in learning_rate_drops(runs[0])]
+    if drops and len(compared) == 1:
+        axes.vlines(drops, 0, 1, 'grey', 'dotted', transform=axes.get_xaxis_transform(),
+                    label=f"learning rate × {runs[0].config.gamma:g}")
     axes.set(xlabel=over, ylabel='accuracy (%)',
              title='validation (thick), training (thin), early stopping (star)')
     axes.locator_params('x', integer=True)
@@ -332,14 +334,24 @@ STYLE = """<!DOCTYPE html>
 <style>
 body { font: 15px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; width: 100%; font-size: 13px }
+.small table { font-size: 11px }
 td { border: 1px solid #888; padding: 4px; text-align: center }
 tr:first-child { background: #eee; font-weight: bold }
-td:nth-child(-n+2), td:last-child { font-weight: bold } td:nth-child(-n+2) { white-space: nowrap }
+td:nth-child(-n+2), td:last-child { font-weight: bold }
+h1 + p { font-weight: bold }
 .row { display: flex; flex-wrap: wrap; gap: 8px }
 figure { flex: 1 1 300px; margin: 0 } img { max-width: 100% }
-@media (max-width: 800px) { table { display: block; overflow-x: auto } }
+@media screen and (max-width: 800px) { /* a row is a card, with the column's title beside each cell */
+  tr:first-child { display: none }
+  table, tbody, tr { display: block; margin-bottom: 1em }
+  td { display: flex; justify-content: space-between; gap: 2em; text-align: right }
+  td::before { content: attr(title); font-weight: normal; text-align: left }
+}
 @page { size: A4 landscape; margin: 1cm }
-@media print { h2, h3 { break-after: avoid } img, figure, tr { break-inside: avoid; max-height: 17cm } }
+@media print {
+  body { font-size: 11px; margin: 0 } table { font-size: 9px } .small table { font-size: 8px }
+  h2, h3, h3 + p { break-after: avoid } img, figure, tr { break-inside: avoid } img { max-height: 7cm }
+}
 </style>
 """
 
@@ -465,6 +477,7 @@ def protocol_cells(runs):
              for before, after in learning_rate_drops(runs[0])]
     return {
         **result_cells(runs),
+        'Machine': ', '.join(f'{name} {value}' for name, value in runs[0].machine.items()),
         'Other options': ' '.join(options),
         'Validated on': (f"{config.holdout:,} held-out training images" if config.holdout
                          else "the test images, as on the slides"),
@@ -475,11 +488,11 @@ def protocol_cells(runs):
     }
 
 
-def html_table(corner, rows):
-    """HTML of a table from its corner's text and a dict of rows by name, each a dict by the same columns."""
-    titles = {column: column for cells in rows.values() for column in cells}
-    lines = [''.join(f'<td>{escape(str(text))}</td>' for text in [name, *cells.values()])
-             for name, cells in {corner: titles, **rows}.items()]
+def html_table(rows):
+    """HTML of a table from its rows, each a dict by the same columns, which each cell has as its title."""
+    header = {column: column for row in rows for column in row}
+    lines = [''.join(f'<td title="{escape(column)}">{escape(str(text))}</td>' for column, text in row.items())
+             for row in [header, *rows]]
     return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
 
@@ -513,7 +526,7 @@ def experiment_section(folder):
     heading, _, text = read_text(folder / 'README.md').strip().partition('\n')
     return (f"<h3>{escape(heading.strip('# ') or folder.name)}</h3><p>{escape(text)}</p>"
             f"<div class='row'>{''.join(map(html_picture, figures))}</div>"
-            f"{html_table(corner, {label: result_cells(runs) for label, runs in compared.items()})}")
+            f"{html_table([{corner: label, **result_cells(runs)} for label, runs in compared.items()])}")
 
 
 def write_report(runs):
@@ -528,32 +541,31 @@ def write_report(runs):
     for config in sorted(found, key=lambda config: (MODELS.index(config.model), config.dataset,
                                                     len(config.differences(SETTINGS[config.model])))):
         shown.setdefault(config.model, found[config])
-    by_title = {title(seeds[0]): seeds for seeds in shown.values()}
-    if shown:
-        plot_accuracy(by_title, None, RESULTS / 'accuracy.png')
+    accuracies = ', '.join(f"{title(seeds[0])} {mean_std([run.accuracy for run in seeds])} %"
+                           for seeds in shown.values())
+    settings = [{'': f'Setting #{number}',
+                 **(setting_cells(shown[model]) if model in shown else {'Model': TITLES[model]})}
+                for number, model in enumerate(MODELS, 1)]
+    measured = [{'Run': seeds[0].folder.name, **protocol_cells(seeds)} for seeds in found.values()]
+    print(*(cells['Reruns'] for cells in measured), sep='', end='')
 
     folders = [seeds[0].folder for seeds in shown.values()] or [RESULTS]  # the last one is of the deepest net
-    accuracies = ', '.join(f"{name} {seeds[0].accuracy:.2f} %" for name, seeds in by_title.items())
-    rows = {f'Setting #{number}': setting_cells(shown[model]) if model in shown else {'Model': TITLES[model]}
-            for number, model in enumerate(MODELS, 1)}
-    measured = {seeds[0].folder.name: protocol_cells(seeds) for seeds in found.values()}
-    print(*(cells['Reruns'] for cells in measured.values()), sep='', end='')
     paragraphs = read_text(RESULTS / 'README.md').split('\n\n')
     groups = sorted({file.parent.parent for file in RESULTS.glob('*/*/**/config.json')})
     atomic_write(RESULTS / 'report.html', f"""{STYLE}
 <h1>CIFAR-10 Evaluation Report</h1>
 <p>Validation accuracy: {accuracies}.</p>
-{html_table('', rows)}
+{html_table(settings)}
 <h2>Validation dataset accuracy plot</h2>
 <div class="row">{''.join(html_picture(folder / 'accuracy.png') for folder in folders)}</div>
 <h2>Summary [결과 정리]</h2>
 {''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs if paragraph)}
-<div class="row">{html_picture(RESULTS / 'accuracy.png')}{html_picture(folders[-1] / 'confusion.png')}</div>
-{html_picture(folders[-1] / 'mistakes.png')}{html_picture(folders[-1] / 'samples.png')}
 {'<h2>Additional experiments</h2>' if groups else ''}
 {''.join(map(experiment_section, groups))}
 {'<h2>How the accuracies were measured</h2>' if measured else ''}
-{html_table('', measured) if measured else ''}
+{f'<div class="small">{html_table(measured)}</div>' if measured else ''}
+<div class="row">{''.join(html_picture(folders[-1] / f'{name}.png')
+                          for name in ['confusion', 'mistakes', 'samples'])}</div>
 </html>
 """.encode(errors='replace'))
 

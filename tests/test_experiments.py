@@ -23,7 +23,7 @@ def section(folder, heading):
     report = (folder / 'results' / 'report.html').read_text(encoding='utf-8')
     [part] = re.findall(f'<h3>{heading}</h3>(.*?)(?=<h[23]>|</html>)', report, re.DOTALL)
     lines = [
-        [html.unescape(cell) for cell in re.findall('<td>(.*?)</td>', line)]
+        [html.unescape(cell) for cell in re.findall('<td title=".*?">(.*?)</td>', line)]
         for line in re.findall('<tr>(.*?)</tr>', part)
     ]
     return (
@@ -237,8 +237,9 @@ def test_drops_of_the_learning_rate_are_marked_on_a_single_curve(drawn):
     CIFAR10_evaluation.plot_accuracy({'a': [stepped]}, None, None)
     CIFAR10_evaluation.plot_accuracy({'a': [stepped], 'b': [stepped]}, None, None)
     labels = [[text.get_text() for text in axes.figure.legends[0].get_texts()] for axes in drawn]
-    assert labels == [['a', 'learning rate 0.1 to 0.01'], ['a', 'b']]
-    assert drawn[0].lines[-1].get_xdata() == [2.5, 2.5]
+    assert labels == [['a', 'learning rate × 0.1'], ['a', 'b']]
+    [drop] = drawn[0].collections[-1].get_segments()
+    assert drop[:, 0].tolist() == [2.5, 2.5]
 
 
 def test_a_group_stops_at_the_first_user_error(monkeypatch):

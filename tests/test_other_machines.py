@@ -378,7 +378,7 @@ def report_of(folder):
     assert done.returncode == 0, done.stderr
     text = (folder / 'results' / 'report.html').read_text(encoding='utf-8')
     lines = [
-        [html.unescape(cell) for cell in re.findall('<td>(.*?)</td>', row, re.DOTALL)]
+        [html.unescape(cell) for cell in re.findall('<td title=".*?">(.*?)</td>', row, re.DOTALL)]
         for row in re.findall('<tr>(.*?)</tr>', text, re.DOTALL)
     ]
     setting = next(line for line in lines if line[0] == 'Setting #2')
