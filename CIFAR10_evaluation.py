@@ -242,13 +242,13 @@ def plot_accuracy(compared, names, file, over='epoch'):
                            for rows in zip(*(run.history for run in runs), strict=False)])
         x, training, validation = values.mean(1).T
         deviation = values[:, :, 2].std(1, ddof=len(runs) > 1)  # a single seed has none
-        # Validation with a band of one deviation, training thin, a star at the best epoch of the mean
+        # Validation with a band of one deviation, training thin, a star at the mean of early stopping
         [line] = axes.plot(x, validation, label=label, markevery=0.1)
         thin = dict(color=line.get_color(), linestyle=line.get_linestyle(), linewidth=0.6)
         axes.fill_between(x, validation - deviation, validation + deviation, alpha=0.2, **thin)
         axes.plot(x, training, marker='', **thin)
-        best = validation.argmax()
-        axes.plot(x[best], validation[best], 'k*', zorder=3)
+        axes.plot(np.mean([run.best[over] for run in runs]), np.mean([run.accuracy for run in runs]),
+                  'k*', zorder=3)
     drops = [after['epoch'] - 0.5 for _, after in learning_rate_drops(runs[0])]
     if drops and len(compared) == 1:
         axes.vlines(drops, 0, 1, 'grey', 'dotted', transform=axes.get_xaxis_transform(),
@@ -336,13 +336,12 @@ body { font: 15px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding:
 table { border-collapse: collapse; width: 100%; font-size: 13px }
 .small table { font-size: 11px }
 td { border: 1px solid #888; padding: 4px; text-align: center }
-tr:first-child { background: #eee; font-weight: bold }
-td:nth-child(-n+2), td:last-child { font-weight: bold }
-h1 + p { font-weight: bold }
+thead { background: #eee }
+h1 + p, thead, td:first-child, td[title^=Accuracy] { font-weight: bold }
 .row { display: flex; flex-wrap: wrap; gap: 8px }
-figure { flex: 1 1 300px; margin: 0 } img { max-width: 100% }
+figure { flex: 1 1 300px; margin: 8px 0 } img { max-width: 100% }
 @media screen and (max-width: 800px) { /* a row is a card, with the column's title beside each cell */
-  tr:first-child { display: none }
+  thead, td:empty { display: none }
   table, tbody, tr { display: block; margin-bottom: 1em }
   td { display: flex; justify-content: space-between; gap: 2em; text-align: right }
   td::before { content: attr(title); font-weight: normal; text-align: left }
@@ -350,7 +349,8 @@ figure { flex: 1 1 300px; margin: 0 } img { max-width: 100% }
 @page { size: A4 landscape; margin: 1cm }
 @media print {
   body { font-size: 11px; margin: 0 } table { font-size: 9px } .small table { font-size: 8px }
-  h2, h3, h3 + p { break-after: avoid } img, figure, tr { break-inside: avoid } img { max-height: 7cm }
+  h2, h3, h3 + p { break-after: avoid } img, figure, tr { break-inside: avoid }
+  img { max-height: 7cm } .small ~ figure img { max-height: 5cm }
 }
 </style>
 """
@@ -429,7 +429,7 @@ def result_cells(runs):
         'Epochs': ', '.join(str(len(run.history)) for run in runs),
         'Accuracy at early stopping (%)': mean_std([run.accuracy for run in runs]),
         'In the last epoch (%)': mean_std([run.last['val_accuracy'] for run in runs]),
-        'On the training images then (%)': mean_std([run.last['train_accuracy'] for run in runs]),
+        'On the training images, while training (%)': mean_std([run.last['train_accuracy'] for run in runs]),
         'Minutes': mean_std([run.last['seconds'] / 60 for run in runs], 1),
     }
 
@@ -489,11 +489,11 @@ def protocol_cells(runs):
 
 
 def html_table(rows):
-    """HTML of a table from its rows, each a dict by the same columns, which each cell has as its title."""
+    """HTML of a table from its rows, dicts by column; each cell has its column as its title."""
     header = {column: column for row in rows for column in row}
-    lines = [''.join(f'<td title="{escape(column)}">{escape(str(text))}</td>' for column, text in row.items())
-             for row in [header, *rows]]
-    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+    lines = [''.join(f'<td title="{escape(column)}">{escape(str(row.get(column, "")))}</td>'
+                     for column in header) for row in [header, *rows]]
+    return f"<table><thead><tr>{lines[0]}</tr></thead><tr>{'</tr><tr>'.join(lines[1:])}</tr></table>"
 
 
 def html_picture(file):
@@ -532,26 +532,25 @@ def experiment_section(folder):
 def write_report(runs):
     """Write results/report.html, a single file with all figures inside, of a list of runs and all groups."""
     RESULTS.mkdir(exist_ok=True)
-    found = by_config(runs)
-    for seeds in found.values():
+    # By model; first those with the options nearest to its setting, of 'cifar10' before 'synthetic'
+    groups = by_config(runs)
+    order = sorted(groups, key=lambda config: (MODELS.index(config.model), config.dataset,
+                                               len(config.differences(SETTINGS[config.model]))))
+    shown, measured = {}, []
+    for config in order:
+        seeds = groups[config]
+        shown.setdefault(config.model, seeds)
+        measured.append({'Run': seeds[0].folder.name, **protocol_cells(seeds)})
         plot_accuracy({title(seeds[0]): seeds}, None, seeds[0].folder / 'accuracy.png')
-
-    # For each model the runs with the options nearest to its setting; 'cifar10' comes before 'synthetic'
-    shown = {}
-    for config in sorted(found, key=lambda config: (MODELS.index(config.model), config.dataset,
-                                                    len(config.differences(SETTINGS[config.model])))):
-        shown.setdefault(config.model, found[config])
+    print(*(cells['Reruns'] for cells in measured), sep='', end='')
     accuracies = ', '.join(f"{title(seeds[0])} {mean_std([run.accuracy for run in seeds])} %"
                            for seeds in shown.values())
     settings = [{'': f'Setting #{number}',
                  **(setting_cells(shown[model]) if model in shown else {'Model': TITLES[model]})}
                 for number, model in enumerate(MODELS, 1)]
-    measured = [{'Run': seeds[0].folder.name, **protocol_cells(seeds)} for seeds in found.values()]
-    print(*(cells['Reruns'] for cells in measured), sep='', end='')
-
     folders = [seeds[0].folder for seeds in shown.values()] or [RESULTS]  # the last one is of the deepest net
     paragraphs = read_text(RESULTS / 'README.md').split('\n\n')
-    groups = sorted({file.parent.parent for file in RESULTS.glob('*/*/**/config.json')})
+    experiments = sorted({file.parent.parent for file in RESULTS.glob('*/*/**/config.json')})
     atomic_write(RESULTS / 'report.html', f"""{STYLE}
 <h1>CIFAR-10 Evaluation Report</h1>
 <p>Validation accuracy: {accuracies}.</p>
@@ -560,12 +559,11 @@ def write_report(runs):
 <div class="row">{''.join(html_picture(folder / 'accuracy.png') for folder in folders)}</div>
 <h2>Summary [결과 정리]</h2>
 {''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs if paragraph)}
-{'<h2>Additional experiments</h2>' if groups else ''}
-{''.join(map(experiment_section, groups))}
+{'<h2>Additional experiments</h2>' if experiments else ''}
+{''.join(map(experiment_section, experiments))}
 {'<h2>How the accuracies were measured</h2>' if measured else ''}
 {f'<div class="small">{html_table(measured)}</div>' if measured else ''}
-<div class="row">{''.join(html_picture(folders[-1] / f'{name}.png')
-                          for name in ['confusion', 'mistakes', 'samples'])}</div>
+{''.join(html_picture(folders[-1] / name) for name in ['confusion.png', 'mistakes.png', 'samples.png'])}
 </html>
 """.encode(errors='replace'))
 

@@ -1,4 +1,6 @@
-"""ResNet-32 for CIFAR-10 (He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2).
+"""ResNet-32 for CIFAR-10, and its kin of other depths and blocks.
+
+He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2.
 
 X1 to X10 are the values that the slides leave open.
 """

@@ -54,7 +54,7 @@ def test_two_runs_under_one_name_become_a_section_that_compares_them(group):
         values = {
             'Accuracy at early stopping (%)': [max(float(r['val_accuracy']) for r in run) for run in seeds],
             'In the last epoch (%)': [float(run[-1]['val_accuracy']) for run in seeds],
-            'On the training images then (%)': [float(run[-1]['train_accuracy']) for run in seeds],
+            'On the training images, while training (%)': [float(run[-1]['train_accuracy']) for run in seeds],
         }
         for column, numbers in values.items():
             mean, deviation = map(float, row[column].split(' ± '))
@@ -207,7 +207,7 @@ def test_curves_are_means_over_the_seeds_with_a_band_of_a_deviation(over, step, 
     x = step * np.array([1, 2, 3])
     np.testing.assert_allclose(lines[0], np.array([x, [15, 35, 40]]).T)
     np.testing.assert_allclose(lines[1], np.array([x, [16, 36, 41]]).T)  # training
-    np.testing.assert_allclose(lines[2], [[3 * step, 40]])  # the early-stopping epoch
+    np.testing.assert_allclose(lines[2], [[3 * step, 50]])  # the mean of 30 % at epoch 2 and 70 % at epoch 4
     np.testing.assert_allclose(lines[3], np.array([x[:2], [50, 60]]).T)
     band = axes.collections[0].get_paths()[0].vertices
     deviation = statistics.stdev([20, 60])
