@@ -249,10 +249,10 @@ def plot_accuracy(compared, names, file, over='epoch'):
         axes.plot(x, training, marker='', **thin)
         axes.plot(np.mean([run.best[over] for run in runs]), np.mean([run.accuracy for run in runs]),
                   'k*', zorder=3)
-    drops = [after['epoch'] - 0.5 for _, after in learning_rate_drops(runs[0])]
-    if drops and len(compared) == 1:
-        axes.vlines(drops, 0, 1, 'grey', 'dotted', transform=axes.get_xaxis_transform(),
-                    label=f"learning rate × {runs[0].config.gamma:g}")
+        drops = [after['epoch'] - 0.5 for _, after in learning_rate_drops(runs[0])]
+        if drops and len(compared) == 1:
+            axes.vlines(drops, 0, 1, 'grey', 'dotted', transform=axes.get_xaxis_transform(),
+                        label=f"learning rate × {runs[0].config.gamma:g}")
     axes.set(xlabel=over, ylabel='accuracy (%)',
              title='validation (thick), training (thin), early stopping (star)')
     axes.locator_params('x', integer=True)

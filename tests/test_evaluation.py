@@ -83,7 +83,8 @@ def test_report_is_one_file_that_says_it_is_not_cifar10(report):
     first = re.search('<p>Validation accuracy: (.*)</p>', report)[1]
     assert first.count('(synthetic, NOT CIFAR-10)') == first.count(' %') == 3 and '[결과 정리]' in report
     assert report.count('%, agrees') == 3 and 'DISAGREES' not in report
-    assert re.search(r'>[\d.]+ % to [\d.]+ % at epoch 2</td>', report)  # where the learning rate dropped
+    dropped = 'title="The epoch after a drop of the learning rate"'
+    assert re.search(rf'<td {dropped}>[\d.]+ % to [\d.]+ % at epoch 2</td>', report)
 
 
 def test_a_setting_that_has_not_run_is_an_empty_row(tmp_path):

@@ -185,6 +185,15 @@ def test_runs_are_listed_in_the_order_of_their_seeds_and_a_later_equal_one_is_a_
     assert [r.reruns for r in first] == [[found[3]], [], []]
 
 
+def test_a_group_without_a_readable_run_does_not_stop_the_report(tmp_path):
+    folder = tmp_path / 'results' / 'group' / 'run'
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text('{')
+    done = script(tmp_path, 'CIFAR10_evaluation.py')
+    assert done.returncode == 0 and 'holds no readable run' in done.stdout
+    assert '<h3>group</h3>' in (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """The axes of the figures that were drawn, instead of their files."""
