@@ -127,7 +127,7 @@ SETTINGS = {
         weight_decay=5e-4, learning_rate_decay='cosine', warmup=2.0),
     # As the report demands, with six small drops of the learning rate
     'resnet32': Configuration(
-        'resnet32', epochs=128, weight_decay=5e-4, milestones=(0.36, 0.6, 0.72, 0.81, 0.87, 0.91), gamma=0.5),
+        'resnet32', weight_decay=5e-4, milestones=(0.36, 0.6, 0.72, 0.81, 0.87, 0.91), gamma=0.5),
 }
 
 # ----------------------------------------------------------------------------------------------------------
