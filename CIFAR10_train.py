@@ -323,7 +323,9 @@ def train(name, config, options, device):
     # Speed: training_model shares its weights with model, which is saved, and validated in float32.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(options.precision, device))
     training_model = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    training_model = torch.compile(training_model) if options.compile else training_model
+    if options.compile:
+        # One graph for the batches and one for the last, smaller one; on a GPU each starts as a whole.
+        training_model = torch.compile(training_model, dynamic=False, mode='reduce-overhead')
 
     # Epochs, up to the last one or early stopping
     began = time.time() - (run.last['seconds'] if run.history else 0)

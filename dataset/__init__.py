@@ -1,4 +1,5 @@
 """Where images come from: CIFAR-10 or synthetic ones, held on the device and augmented a batch at a time."""
+import functools
 from pathlib import Path
 
 import torch
@@ -80,6 +81,12 @@ def crop_and_flip(images, offsets, flips):
     return torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
 
 
+@functools.cache
+def mean_and_std(device):
+    """MEAN and STD on a device, each (3, 1, 1); kept there, as a GPU stands still while numbers are sent."""
+    return torch.tensor([MEAN, STD], device=device).view(2, 3, 1, 1)
+
+
 def normalize(images, standardization='on'):
     """ToTensor and Normalize for a whole batch: (N, 3, H, W) uint8 -> float32, less MEAN and over STD.
 
@@ -87,7 +94,7 @@ def normalize(images, standardization='on'):
     """
     images = images.float().div_(255)
     if standardization == 'on':
-        mean, std = torch.tensor([MEAN, STD], device=images.device).view(2, 3, 1, 1)
+        mean, std = mean_and_std(images.device)
         images.sub_(mean).div_(std)
     return images
 
