@@ -553,7 +553,7 @@ def write_report(runs):
     experiments = sorted({file.parent.parent for file in RESULTS.glob('*/*/**/config.json')})
     atomic_write(RESULTS / 'report.html', f"""{STYLE}
 <h1>CIFAR-10 Evaluation Report</h1>
-<p>Validation accuracy: {accuracies}.</p>
+<p>Validation accuracy: {accuracies} (of several seeds the mean ± standard deviation).</p>
 {html_table(settings)}
 <h2>Validation dataset accuracy plot</h2>
 <div class="row">{''.join(html_picture(folder / 'accuracy.png') for folder in folders)}</div>

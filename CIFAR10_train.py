@@ -106,7 +106,7 @@ def save_checkpoint(run, model, optimizer):
     if RANK > 0:
         return
     if run.history:
-        if run.best is run.last:
+        if run.best is run.last:  # the same row of the history
             save('best.pt', epoch=len(run.history), model_state_dict=model.state_dict())
         try:
             run.write()
@@ -115,7 +115,7 @@ def save_checkpoint(run, model, optimizer):
                 raise
             print_once(f"\nThe record in {run.folder} can't be written now, as another program may have it "
                        "open: training goes on, and tries it again after the next epoch.")
-    # It comes last, as it decides where a run goes on: what is before it is then written again.
+    # It comes last: if the program dies before it, this epoch is trained again and all is written again.
     save('last.pt', history=run.history, model=model.state_dict(), optimizer=optimizer.state_dict())
 
 
@@ -176,7 +176,7 @@ def resume(run, model, optimizer, checkpoint):
         run.history = checkpoint['history']
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
-    # Bytes of best.pt and last.pt, which has the momentum too, the old ones and the new ones
+    # 4 bytes a weight: once in best.pt, up to three times in last.pt (Adam has two averages); old and new
     needed = 32 * sum(p.numel() for p in model.parameters())
     if RANK == 0 and shutil.disk_usage(run.folder).free < needed:
         raise UserError(f"The disk of {run.folder} has too little room for two checkpoints: make some first.")
@@ -213,7 +213,7 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
         # The sums stay on the device and are read at every tenth step, as a GPU has to stop to be read.
         sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
         if step % 10 == 0 or step == steps:
-            total = sums.clone()
+            total = sums.clone()  # all_reduce writes into it
             if WORLD_SIZE > 1:
                 dist.all_reduce(total)
             mean_loss, accuracy = (total / min(step * config.batch_size, len(data))).tolist()
@@ -323,9 +323,11 @@ def train(name, config, options, device):
     # Speed: training_model shares its weights with model, which is saved, and validated in float32.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(options.precision, device))
     training_model = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    training_model = torch.compile(training_model) if options.compile else training_model
+    if options.compile:
+        # One graph for the batches and one for the last, smaller one; on a GPU each starts as a whole.
+        training_model = torch.compile(training_model, dynamic=False, mode='reduce-overhead')
 
-    # Epochs, up to the last one or early stopping
+    # Epochs, up to the last one or early stopping; the clock goes on where the run was interrupted.
     began = time.time() - (run.last['seconds'] if run.history else 0)
     save_checkpoint(run, model, optimizer)  # finds a folder that can't be written before any training
     while not should_stop(config, run.history):
@@ -337,7 +339,7 @@ def train(name, config, options, device):
         check_loss(row['val_loss'], f"the validation of epoch {row['epoch']}", row['learning_rate'])
         run.history.append(row)
         save_checkpoint(run, model, optimizer)
-        print_epoch(run)  # when it is saved
+        print_epoch(run)  # what is printed is saved
     print_end(run)
     return run
 
@@ -348,7 +350,7 @@ def train(name, config, options, device):
 
 def train_group(configs, options, device):
     """Train the runs of a group, but those that are finished. Returns the best one."""
-    # Of equal ones the oldest counts.
+    # Of equal ones the oldest counts, which is the last to enter the dict.
     found = reversed(read_runs((RESULTS / next(iter(configs))).parent))
     [finished] = from_process_0({run.config: run for run in found if should_stop(run.config, run.history)})
     runs = []

@@ -1,4 +1,5 @@
 """Where images come from: CIFAR-10 or synthetic ones, held on the device and augmented a batch at a time."""
+import functools
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from CIFAR10_configuration import UserError
 from dataset import synthetic
 from dataset.download import ensure_cifar10
 
-# Mean and deviation of red, green and blue in [0, 1], as on the slides; over all pixels it is about 0.25.
+# Mean and deviation of red, green and blue in [0, 1], as on the slides; that of all pixels is about 0.25.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 # The names of the classes 0 to 9; CIFAR-10's are spelled as on the slides.
@@ -49,14 +50,15 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
     if holdout >= len(data):
         raise UserError(f"--holdout {holdout} leaves none of {len(data)} training images: choose fewer.")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(device)
-    by_class = order[data.tensors[1][order].argsort(stable=True)].view(10, -1)  # image numbers, a row a class
+    # The numbers of the images, a row for each class
+    by_class = order[data.tensors[1][order].argsort(stable=True)].view(10, -1)
     order = by_class.T.flatten()  # one image of each class in turn
     return TensorDataset(*data[order[holdout:]]), TensorDataset(*data[order[:holdout]])
 
 
 def read_cifar10(data_dir, train, urls):
     """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,), fetched unless their MD5 sums are right."""
-    if data_dir.absolute().name == CIFAR10.base_folder:  # torchvision asks for the folder that it is in
+    if data_dir.absolute().name == CIFAR10.base_folder:  # torchvision wants the folder around it
         data_dir = data_dir.absolute().parent
     try:
         data = CIFAR10(data_dir, train=train)
@@ -80,6 +82,12 @@ def crop_and_flip(images, offsets, flips):
     return torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
 
 
+@functools.cache
+def mean_and_std(device):
+    """MEAN and STD on a device, each (3, 1, 1); kept, as copying numbers to a GPU makes it wait."""
+    return torch.tensor([MEAN, STD], device=device).view(2, 3, 1, 1)
+
+
 def normalize(images, standardization='on'):
     """ToTensor and Normalize for a whole batch: (N, 3, H, W) uint8 -> float32, less MEAN and over STD.
 
@@ -87,7 +95,7 @@ def normalize(images, standardization='on'):
     """
     images = images.float().div_(255)
     if standardization == 'on':
-        mean, std = torch.tensor([MEAN, STD], device=images.device).view(2, 3, 1, 1)
+        mean, std = mean_and_std(images.device)
         images.sub_(mean).div_(std)
     return images
 

@@ -124,8 +124,8 @@ def test_setting_3_is_as_the_report_demands():
         learning_rate=0.1,
         momentum=0.9,
         learning_rate_decay='step',
-        milestones=(0.5, 0.75),
-        gamma=0.1,
+        milestones=(0.36, 0.6, 0.72, 0.81, 0.87, 0.91),
+        gamma=0.5,
     )
     setting = dataclasses.asdict(SETTINGS['resnet32'])
     assert {name: setting[name] for name in expected} == expected and setting['weight_decay'] > 0

@@ -19,9 +19,7 @@ def test_augmented_batch_equals_torchvision_pixel_for_pixel():
     images = torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8)
     offsets, flips = torch.randint(0, 9, (200, 2)), torch.rand(200) < 0.5
     batch = normalize(crop_and_flip(images, offsets, flips))
-    slides = T.Compose(
-        [T.ToTensor(), T.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))]
-    )
+    slides = T.Compose([T.ToTensor(), T.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))])
     for image, (top, left), flip, ours in zip(images, offsets.tolist(), flips, batch, strict=False):
         image = TF.crop(TF.pad(TF.to_pil_image(image), 4), top, left, 32, 32)
         assert torch.equal(slides(TF.hflip(image) if flip else image), ours)

@@ -71,7 +71,7 @@ def test_report_holds_the_slides_table(report, trained):
         '0.1',
         '0.9',
         f"{SETTINGS['resnet32'].weight_decay:g}",
-        '×0.1 after epoch 1',
+        '×0.5 after epoch 1',
     ]
     for model, row in zip(('mlp', 'lenet5', 'resnet32'), settings, strict=False):
         best = re.search(r'Best validation accuracy ([\d.]+ %) at epoch (\d)', trained[1][model])

@@ -8,6 +8,8 @@ import torch
 from conftest import ROOT, script
 from torchvision.transforms.functional import to_pil_image
 
+from CIFAR10_configuration import Run, parse_configuration
+
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
@@ -61,6 +63,15 @@ def test_command_of_the_readme(command, folder, few_images):
         group = options[options.index('--name') + 1].split('/')[0]
         report = (folder / 'results' / 'report.html').read_text(encoding='utf-8')
         assert f'<h3>{group}</h3>' in report
+
+
+def test_the_held_out_runs_are_what_the_table_says():
+    rows = re.findall(r'^\| `(--name .*)` \| ([\d.]+) % \|$', README, re.MULTILINE)
+    assert len(rows) >= 8
+    for options, accuracy in rows:
+        [(name, config)] = parse_configuration(['--holdout', '5000', *options.split()])[0].items()
+        run = Run.read(ROOT / 'results' / name)
+        assert run.config == config and f'{run.accuracy:.2f}' == accuracy
 
 
 def test_there_are_seven_experiments():

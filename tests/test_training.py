@@ -11,7 +11,7 @@ from conftest import rows, script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
-from CIFAR10_configuration import HISTORY, SETTINGS, parse_configuration
+from CIFAR10_configuration import HISTORY, SETTINGS, Configuration, parse_configuration
 from CIFAR10_evaluation import build_model, evaluate, load_file, load_weights, predict
 from CIFAR10_train import (
     apply_max_norm,
@@ -233,7 +233,7 @@ def schedule(make, epochs):
 
 
 def test_learning_rates_are_those_of_pytorchs_schedulers():
-    step = dataclasses.replace(SETTINGS['resnet32'], epochs=164)
+    step = Configuration()  # He et al.'s
     assert [get_learning_rate(step, epoch) for epoch in range(164)] == pytest.approx(
         schedule(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [82, 123], 0.1), 164)
     )
@@ -250,7 +250,7 @@ def test_learning_rates_are_those_of_pytorchs_schedulers():
 
 
 def test_patience_counts_only_after_the_last_drop():
-    config = dataclasses.replace(SETTINGS['resnet32'], epochs=100, patience=5)  # drops after 50 and 75
+    config = Configuration(epochs=100, patience=5)  # drops after 50 and 75
     history = [
         dict(epoch=epoch, val_accuracy=50.0 + epoch if epoch <= 10 else 50.0) for epoch in range(1, 101)
     ]
