@@ -535,7 +535,7 @@ def write_report(runs):
     # By model; first those with the options nearest to its setting, of 'cifar10' before 'synthetic'
     groups = by_config(runs)
     order = sorted(groups, key=lambda config: (MODELS.index(config.model), config.dataset,
-                                               len(config.differences(SETTINGS[config.model]))))
+                                               len(config.differences(SETTINGS[config.model])), str(config)))
     shown, measured = {}, []
     for config in order:
         seeds = groups[config]

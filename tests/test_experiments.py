@@ -1,6 +1,7 @@
 """Groups of runs: several values of an option, and the section that the report makes of them."""
 
 import html
+import os
 import re
 import shutil
 import statistics
@@ -183,6 +184,22 @@ def test_runs_are_listed_in_the_order_of_their_seeds_and_a_later_equal_one_is_a_
     first, other = CIFAR10_evaluation.by_config(found).values()
     assert first == [found[1], found[2], found[0]] and other == [found[4]]
     assert [r.reruns for r in first] == [[found[3]], [], []]
+
+
+def test_the_report_lists_runs_in_one_order_whatever_their_age(tmp_path):
+    reports = []
+    for age in 1, -1:  # which of the two is older
+        for number, rate in enumerate([0.03, 0.04]):
+            folder = tmp_path / 'results' / f'run{number}'
+            folder.mkdir(parents=True, exist_ok=True)
+            one = run([10, 20], learning_rate=rate)
+            one.folder, one.machine = folder, {'device': 'cpu'}
+            one.write()
+            os.utime(folder / 'config.json', (10**9, 10**9 + age * number))
+        assert script(tmp_path, 'CIFAR10_evaluation.py').returncode == 0
+        report = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')
+        reports.append(re.findall('<td title="Run">(.*?)</td>', report))
+    assert reports[0] == reports[1] == ['Run', 'run0', 'run1']
 
 
 def test_a_group_without_a_readable_run_does_not_stop_the_report(tmp_path):
