@@ -532,7 +532,8 @@ def experiment_section(folder):
 def write_report(runs):
     """Write results/report.html, a single file with all figures inside, of a list of runs and all groups."""
     RESULTS.mkdir(exist_ok=True)
-    # By model; first those with the options nearest to its setting, of 'cifar10' before 'synthetic'
+    # By model; first those with the options nearest to its setting, of 'cifar10' before 'synthetic'.
+    # The text of the configuration settles ties, so that the order is the same in every clone.
     groups = by_config(runs)
     order = sorted(groups, key=lambda config: (MODELS.index(config.model), config.dataset,
                                                len(config.differences(SETTINGS[config.model])), str(config)))

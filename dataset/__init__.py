@@ -11,7 +11,7 @@ from CIFAR10_configuration import UserError
 from dataset import synthetic
 from dataset.download import ensure_cifar10
 
-# Mean and deviation of red, green and blue in [0, 1], as on the slides; that of all pixels is about 0.25.
+# Mean and deviation of red, green and blue in [0, 1], as on the slides; all pixels deviate by about 0.25.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 # The names of the classes 0 to 9; CIFAR-10's are spelled as on the slides.

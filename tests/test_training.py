@@ -375,7 +375,10 @@ def test_the_slides_choices_train(options, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_training_on_a_gpu(tmp_path):
+@pytest.mark.parametrize('speed', [[], ['--compile']])
+def test_training_on_a_gpu(speed, tmp_path):
+    if speed:
+        pytest.importorskip('triton')
     done = script(
         tmp_path,
         'CIFAR10_train.py',
@@ -389,5 +392,6 @@ def test_training_on_a_gpu(tmp_path):
         500,
         '--device',
         'cuda',
+        *speed,
     )
     assert done.returncode == 0 and 'Device: cuda' in done.stdout, done.stderr
