@@ -337,6 +337,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13px }
 .small table { font-size: 11px }
 td { border: 1px solid #888; padding: 4px; text-align: center }
 thead { background: #eee }
+h1 { margin: 0 }
 h1 + p, thead, td:first-child, td[title^=Accuracy] { font-weight: bold }
 .row { display: flex; flex-wrap: wrap; gap: 8px }
 figure { flex: 1 1 300px; margin: 8px 0 } img { max-width: 100% }
@@ -349,7 +350,8 @@ figure { flex: 1 1 300px; margin: 8px 0 } img { max-width: 100% }
 @page { size: A4 landscape; margin: 1cm }
 @media print {
   body { font-size: 11px; margin: 0 } table { font-size: 9px } .small table { font-size: 8px }
-  h2, h3, h3 + p { break-after: avoid } img, figure, tr { break-inside: avoid }
+  table + h3 { break-before: page } /* each experiment on its own page */
+  h2, h3 { break-after: avoid } img, figure, tr { break-inside: avoid }
   img { max-height: 7cm } .small ~ figure img { max-height: 5cm }
 }
 </style>
