@@ -34,7 +34,10 @@ class UserError(Exception):
 
 
 def option(default, allowed, reason, models=MODELS):
-    """A hyperparameter: its default, a list of choices or a range (low <= value < high), why, its models."""
+    """A hyperparameter: its default, what is allowed, the reason for the default, the models that have it.
+
+    allowed is a list of choices or a range: a tuple (low, high), for low <= value < high.
+    """
     return field(default=default, metadata=dict(allowed=allowed, reason=reason, models=models))
 
 
@@ -46,7 +49,8 @@ def flag(name):
 def check(name, value, allowed):
     """Raise UserError unless value is in the list allowed, or a number in the range allowed."""
     if isinstance(allowed, list):
-        fits, rule = value in allowed, f"one of {', '.join(map(str, allowed))}"
+        fits = value in allowed
+        rule = f"one of {', '.join(map(str, allowed))}"
     else:
         low, high = allowed
         fits = isinstance(value, (int, type(low))) and low <= value < high
@@ -119,12 +123,12 @@ FIELDS = {f.name: f for f in fields(Configuration)}
 SETTINGS = {
     'mlp': Configuration(
         'mlp', hidden=(1024, 1024, 1024), dropout=0.2, normalization='batch',
-        epochs=300, optimizer='nesterov', learning_rate=0.1,
-        weight_decay=5e-4, learning_rate_decay='cosine', warmup=2.0),
+        epochs=300, optimizer='nesterov', weight_decay=5e-4,
+        learning_rate_decay='cosine', warmup=2.0),
     'lenet5': Configuration(
         'lenet5', activation='maxout', initialization='xavier_normal',
-        epochs=150, optimizer='nesterov', learning_rate=0.02,
-        weight_decay=5e-4, learning_rate_decay='cosine', warmup=2.0),
+        epochs=150, optimizer='nesterov', learning_rate=0.02, weight_decay=5e-4,
+        learning_rate_decay='cosine', warmup=2.0),
     # As the report demands, with six small drops of the learning rate
     'resnet32': Configuration(
         'resnet32', weight_decay=5e-4, milestones=(0.36, 0.6, 0.72, 0.81, 0.87, 0.91), gamma=0.5),

@@ -64,7 +64,8 @@ def choose_device(name='auto'):
         raise UserError(f"This machine or its PyTorch has no {name}: leave --device out to use what it has.")
     if name == 'cuda':
         # torchrun starts a process for each GPU, and gives it a number.
-        if int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > (gpus := torch.cuda.device_count()):
+        gpus = torch.cuda.device_count()
+        if int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > gpus:
             raise UserError(f"There are more processes than GPUs: start {gpus} with --nproc-per-node {gpus}.")
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32
@@ -147,7 +148,8 @@ def load_weights(model, saved, file):
 
 def load_best(run, device):
     """The network of a run with the weights of its early-stopping epoch."""
-    model, file = build_model(run.config, device), run.folder / 'best.pt'
+    model = build_model(run.config, device)
+    file = run.folder / 'best.pt'
     load_weights(model, load_file(file, "train the run again"), file)
     return model
 
@@ -199,7 +201,8 @@ def evaluate_run(run, data_dir, device):
 TITLES = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': 'ResNet-32'}
 
 # Ten colours that the colour-blind tell apart, each with a marker; the next ten curves are dashed.
-style.use(['tableau-colorblind10', {'axes.titlesize': 'medium'}])
+style.use(['tableau-colorblind10', {'axes.titlesize': 'medium', 'figure.figsize': (5.5, 4.5),
+                                    'figure.dpi': 130, 'figure.constrained_layout.use': True}])
 markers = cycler(marker=list('osD^vPX<>d'))
 rcParams['axes.prop_cycle'] = cycler(linestyle=['-', '--']) * (rcParams['axes.prop_cycle'] + markers)
 
@@ -217,11 +220,6 @@ def learning_rate_drops(run):
             if run.config.learning_rate_decay == 'step' and after['learning_rate'] < before['learning_rate']]
 
 
-def new_axes(width, height):
-    """The axes of a new figure of so many inches."""
-    return Figure(figsize=(width, height), dpi=130, layout='constrained').subplots()
-
-
 def save_figure(axes, file):
     """Write the figure that axes belong to; where another program has the file open, it stays as it was."""
     try:
@@ -230,12 +228,12 @@ def save_figure(axes, file):
         print_once(f"{file} stays as it was ({error.strerror}): close it elsewhere and evaluate again.")
 
 
-def plot_accuracy(compared, names, file, over='epoch'):
+def plot_accuracy(compared, heading, file, over='epoch'):
     """Plot accuracy over epochs or seconds; of a single curve also where the learning rate dropped.
 
-    compared has the runs of each curve, which differ only in their seed, by its label: the values of names.
+    compared has the runs of each curve, which differ only in their seed, by its label.
     """
-    axes = new_axes(5.5, 4.5)
+    axes = Figure().subplots()
     for label, runs in compared.items():
         # Of each epoch that all seeds have, what is plotted of each seed: (epochs, seeds, 3)
         values = np.array([[[row[over], row['train_accuracy'], row['val_accuracy']] for row in rows]
@@ -254,21 +252,23 @@ def plot_accuracy(compared, names, file, over='epoch'):
             axes.vlines(drops, 0, 1, 'grey', 'dotted', transform=axes.get_xaxis_transform(),
                         label=f"learning rate × {runs[0].config.gamma:g}")
     axes.set(xlabel=over, ylabel='accuracy (%)',
-             title='validation (thick), training (thin), early stopping (star)')
+             title=f"{heading}\nvalidation (thick), training (thin), early stopping (star)")
+    if len(compared) == 1:
+        axes.set_ylim(0, 105)  # the settings are compared on one scale
     axes.locator_params('x', integer=True)
     axes.grid(alpha=0.3)
-    axes.figure.legend(loc='outside lower center', ncols=2, fontsize='small', title=names)
+    axes.figure.legend(loc='outside lower center', ncols=2, fontsize='small')
     save_figure(axes, file)
 
 
-def plot_early_stopping(compared, names, file):
+def plot_early_stopping(compared, option_names, file):
     """Plot the accuracies at early stopping, with bars of one deviation, of what plot_accuracy plots."""
-    axes = new_axes(5.5, 4.5)
+    axes = Figure().subplots()
     for label, runs in compared.items():
         accuracies = [run.accuracy for run in runs]
         axes.errorbar(np.mean(accuracies), label, xerr=np.std(accuracies, ddof=len(runs) > 1), capsize=5)
     axes.invert_yaxis()  # in the order of the table
-    axes.set(xlabel='validation accuracy at early stopping (%)', ylabel=names)
+    axes.set(xlabel='validation accuracy at early stopping (%)', ylabel=option_names)
     axes.grid(alpha=0.3)
     save_figure(axes, file)
 
@@ -277,7 +277,7 @@ def plot_confusion(run, labels, predicted):
     """Plot how many images of each true class (rows) were taken for each class (columns)."""
     count = (labels * 10 + predicted).bincount(minlength=100).view(10, 10).cpu()
     names = CLASSES[run.config.dataset]
-    axes = new_axes(6.5, 6)
+    axes = Figure(figsize=(6.5, 6)).subplots()
     # The root shows rare confusions too; half transparent it is no darker than black digits need.
     axes.imshow(count.sqrt().numpy(), cmap='Blues', alpha=0.5)
     axes.set_xticks(range(10), names, rotation=45, ha='right')
@@ -292,7 +292,7 @@ def plot_confusion(run, labels, predicted):
 def plot_images(images, columns, heading, file):
     """Plot uint8 images (N, 3, 32, 32) in rows, with a text below each column."""
     grid = make_grid(images, nrow=len(columns), pad_value=255)  # with white borders of 2 pixels
-    axes = new_axes(grid.shape[2] / 30, grid.shape[1] / 30 + 1)
+    axes = Figure(figsize=(grid.shape[2] / 30, grid.shape[1] / 30 + 1)).subplots()
     axes.imshow(grid.permute(1, 2, 0).cpu().numpy())
     axes.set_xticks(range(18, grid.shape[2], 34), columns, fontsize=8)  # the middle of each image
     axes.set(yticks=[], title=heading)
@@ -321,7 +321,7 @@ def plot_samples(run, images, labels):
     augmented = crop_and_flip(copies, torch.randint(0, 9, (len(copies), 2)), torch.rand(len(copies)) < 0.5)
     plot_images(torch.cat([samples, augmented]),
                 [CLASSES[run.config.dataset][label] for label in classes],
-                f"{run.config.dataset}: training images, below them crops and flips (augmentation "
+                f"{title(run)}, training images; below them crops and flips (augmentation "
                 f"{run.config.augmentation})",
                 run.folder / 'samples.png')
 
@@ -329,7 +329,7 @@ def plot_samples(run, images, labels):
 # ----------------------------------------------------------------------------------------------------------
 # The report
 
-STYLE = """<!DOCTYPE html>
+HTML_HEAD = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>CIFAR-10 Evaluation Report</title>
 <style>
 body { font: 15px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
@@ -352,7 +352,7 @@ figure { flex: 1 1 300px; margin: 8px 0 } img { max-width: 100% }
   body { font-size: 11px; margin: 0 } table { font-size: 9px } .small table { font-size: 8px }
   table + h3 { break-before: page } /* each experiment on its own page */
   h2, h3 { break-after: avoid } img, figure, tr { break-inside: avoid }
-  img { max-height: 7cm } .small ~ figure img { max-height: 5cm }
+  img { max-height: 6.3cm } .small ~ .row img { max-height: 9cm }
 }
 </style>
 """
@@ -370,7 +370,7 @@ def read_runs(folder=RESULTS):
 
 
 def by_config(runs):
-    """Lists of the runs that differ only in their seed, in its order, by their configuration.
+    """Lists of the runs that differ only in their seed, ordered by it, by their configuration.
 
     A run that repeats an earlier one, with the same seed, is among the reruns of that one.
     """
@@ -386,12 +386,10 @@ def by_config(runs):
 def read_text(file):
     """A text that a person wrote, or ''. One that is not in UTF-8 is named and left out."""
     try:
-        return file.read_text(encoding='utf-8-sig')  # Windows puts a mark before it
+        return file.read_text(encoding='utf-8-sig') if file.exists() else ''  # Windows puts a mark before it
     except UnicodeDecodeError:
         print(f"{file} is left out of the report: save it as UTF-8.")
-    except FileNotFoundError:
-        pass
-    return ''
+        return ''
 
 
 def mean_std(numbers, digits=2):
@@ -509,7 +507,7 @@ def html_picture(file):
 def experiment_section(folder):
     """HTML on a group of runs: the text in its README.md, its figures, and a table of what differs."""
     groups = by_config(read_runs(folder))
-    # The options that differ, but not just because the models' settings do; their values are the labels.
+    # The options whose values differ among the runs of one model; these values are the labels.
     models = {config.model for config in groups}
     names = [name for name in FIELDS if len({(config.model, getattr(config, name)) for config in groups})
              > (1 if name == 'model' else len(models))]
@@ -518,17 +516,18 @@ def experiment_section(folder):
         label = ', '.join(str(getattr(config, name)) for name in names)
         compared[label or config.model] = groups[config]
 
-    corner = ', '.join(names)
-    figures = [folder / 'accuracy.png', folder / 'early-stopping.png']
-    plot_accuracy(compared, corner, figures[0])
-    plot_early_stopping(compared, corner, figures[1])
+    option_names = ', '.join(names)
+    figures = [folder / 'accuracy.png']
+    plot_accuracy(compared, option_names, figures[-1])
     if 'batch_size' in names:  # it decides how long an epoch takes
-        figures.insert(1, folder / 'seconds.png')
-        plot_accuracy(compared, corner, figures[1], over='seconds')
+        figures.append(folder / 'seconds.png')
+        plot_accuracy(compared, option_names, figures[-1], over='seconds')
+    figures.append(folder / 'early-stopping.png')
+    plot_early_stopping(compared, option_names, figures[-1])
     heading, _, text = read_text(folder / 'README.md').strip().partition('\n')
     return (f"<h3>{escape(heading.strip('# ') or folder.name)}</h3><p>{escape(text)}</p>"
             f"<div class='row'>{''.join(map(html_picture, figures))}</div>"
-            f"{html_table([{corner: label, **result_cells(runs)} for label, runs in compared.items()])}")
+            + html_table([{option_names: label, **result_cells(runs)} for label, runs in compared.items()]))
 
 
 def write_report(runs):
@@ -544,17 +543,20 @@ def write_report(runs):
         seeds = groups[config]
         shown.setdefault(config.model, seeds)
         measured.append({'Run': seeds[0].folder.name, **protocol_cells(seeds)})
-        plot_accuracy({title(seeds[0]): seeds}, None, seeds[0].folder / 'accuracy.png')
+        plot_accuracy({'validation': seeds}, title(seeds[0]), seeds[0].folder / 'accuracy.png')
     print(*(cells['Reruns'] for cells in measured), sep='', end='')
     accuracies = ', '.join(f"{title(seeds[0])} {mean_std([run.accuracy for run in seeds])} %"
                            for seeds in shown.values())
     settings = [{'': f'Setting #{number}',
                  **(setting_cells(shown[model]) if model in shown else {'Model': TITLES[model]})}
                 for number, model in enumerate(MODELS, 1)]
-    folders = [seeds[0].folder for seeds in shown.values()] or [RESULTS]  # the last one is of the deepest net
+    folders = [seeds[0].folder for seeds in shown.values()] or [RESULTS]
+    # The last one is of the deepest net.
+    confusion, samples, mistakes = [html_picture(folders[-1] / f'{name}.png')
+                                    for name in ('confusion', 'samples', 'mistakes')]
     paragraphs = read_text(RESULTS / 'README.md').split('\n\n')
     experiments = sorted({file.parent.parent for file in RESULTS.glob('*/*/**/config.json')})
-    atomic_write(RESULTS / 'report.html', f"""{STYLE}
+    atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}
 <h1>CIFAR-10 Evaluation Report</h1>
 <p>Validation accuracy: {accuracies} (of several seeds the mean ± standard deviation).</p>
 {html_table(settings)}
@@ -566,7 +568,8 @@ def write_report(runs):
 {''.join(map(experiment_section, experiments))}
 {'<h2>How the accuracies were measured</h2>' if measured else ''}
 {f'<div class="small">{html_table(measured)}</div>' if measured else ''}
-{''.join(html_picture(folders[-1] / name) for name in ['confusion.png', 'mistakes.png', 'samples.png'])}
+<div class="row">{confusion}{samples}</div>
+{mistakes}
 </html>
 """.encode(errors='replace'))
 
@@ -582,14 +585,12 @@ def read_picture(file):
         if image.mode[0] in 'IF':  # integers or floats of more than 8 bits
             image = image.convert('I')
             image = image.point(lambda value: value / 256) if image.getextrema()[1] > 255 else image
-        if image.mode in ('1', 'P', 'PA') or 'transparency' in image.info:
-            image = image.convert('RGBA')  # else it is not resampled well
         # The middle square, upright, over white
-        image = ImageOps.fit(image, (32, 32))
+        image = ImageOps.fit(image.convert('RGBA'), (32, 32))
         with contextlib.suppress(Exception):  # a damaged EXIF record turns nothing
             image = ImageOps.exif_transpose(image)
         white = Image.new('RGBA', image.size, 'white')
-        return pil_to_tensor(Image.alpha_composite(white, image.convert('RGBA')).convert('RGB'))
+        return pil_to_tensor(Image.alpha_composite(white, image).convert('RGB'))
 
 
 def predict_pictures(names, run, device):
@@ -603,13 +604,12 @@ def predict_pictures(names, run, device):
             image = read_picture(file).to(device)
         except FileNotFoundError:
             print(f"{file}: missing")
-            continue
         except Exception as error:  # whatever a damaged file makes the decoders raise
             print(f"{file}: not a picture that can be read ({error})")
-            continue
-        probability, label = predict(model, image[None])[0].softmax(0).max(0)
-        print(f"{file}: {CLASSES[run.config.dataset][label]}, {probability:.1%} sure "
-              f"({title(run)}: {run.folder.name})")
+        else:
+            probability, label = predict(model, image[None])[0].softmax(0).max(0)
+            print(f"{file}: {CLASSES[run.config.dataset][label]}, {probability:.1%} sure "
+                  f"({title(run)}: {run.folder.name})")
 
 
 def evaluate_weights(options, device):
@@ -629,7 +629,8 @@ def evaluate_weights(options, device):
 
 def submit(name):
     """Write <name>.zip with the whole code and the report."""
-    root, content = Path(__file__).parent, io.BytesIO()
+    root = Path(__file__).parent
+    content = io.BytesIO()
     # Files of a date that a zip can't have get the nearest one.
     with zipfile.ZipFile(content, 'w', zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
         # In a folder of that name
@@ -665,7 +666,7 @@ def main(arguments=None):
     asked = [Run.read(RESULTS / options.name)] if options.name else runs
     trained = [run for run in asked if (run.folder / 'best.pt').exists()]
     if not trained and (options.name or options.predict):
-        raise UserError(f"No run {options.name or ''} with weights is in {RESULTS}: train one first.")
+        raise UserError(f"{RESULTS / (options.name or '')} has no run with weights: train one first.")
     if options.predict:
         # Synthetic images taught nothing about real ones.
         best = max(trained, key=lambda run: (run.config.dataset == 'cifar10', run.accuracy))

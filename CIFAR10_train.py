@@ -30,19 +30,12 @@ from CIFAR10_configuration import (
     print_progress,
     run_script,
 )
-from CIFAR10_evaluation import (
-    build_model,
-    choose_device,
-    cpu_capabilities,
-    describe_machine,
-    evaluate,
-    load_file,
-    read_runs,
-)
+from CIFAR10_evaluation import build_model, choose_device, describe_machine, evaluate, load_file, read_runs
 from dataset import data_load, training_batches
 
 # torchrun tells each process its rank, its rank on this machine, and how many there are; alone it is 0 of 1.
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
+RANK = int(os.environ.get('RANK', 0))
+LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))
 WORLD_SIZE = int(os.environ.get('WORLD_SIZE', 1))
 
 # ----------------------------------------------------------------------------------------------------------
@@ -75,7 +68,7 @@ def apply_max_norm(model, max_norm):
     """Scale the weights of units with |w|^2 > max_norm down to it, the weight restriction of the slides."""
     for weight in model.parameters():
         if weight.dim() > 1:
-            weight.copy_(weight.renorm(2, 0, max_norm ** 0.5))
+            weight.renorm_(2, 0, max_norm ** 0.5)
 
 
 def should_stop(config, history):
@@ -193,12 +186,12 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
     seed = config.seed * 100_000 + epoch
     torch.manual_seed(seed * 1000 + RANK)
     batches = training_batches(data, config, seed, RANK, WORLD_SIZE)
-    steps, began = math.ceil(len(data) / config.batch_size), time.time()
+    steps = math.ceil(len(data) / config.batch_size)
+    began = time.time()
     sums = torch.zeros(2, device=data.tensors[0].device)  # of the losses and of the correct answers
     for step, (images, labels) in enumerate(batches, 1):
         rate = get_learning_rate(config, epoch + (step - 1) / steps)
-        for group in optimizer.param_groups:
-            group['lr'] = rate
+        optimizer.param_groups[0]['lr'] = rate
 
         # Forward, backward, update
         with autocast:
@@ -251,7 +244,7 @@ def use_bf16(precision, device):
         return precision == 'bf16'
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = cpu_capabilities()
+    cpu = CIFAR10_evaluation.cpu_capabilities()
     return device.type == 'cpu' and bool(cpu.get('avx512_bf16') or cpu.get('amx_bf16'))
 
 

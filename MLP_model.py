@@ -4,7 +4,7 @@ from torch import nn
 
 
 class Maxout(nn.Module):
-    """max(w1 x + b1, w2 x + b2): the layer before gives both halves, (N, 2 C, ...) -> (N, C, ...)."""
+    """max(w1 x + b1, w2 x + b2): the layer before gives the two in turn, (N, 2 C, ...) -> (N, C, ...)."""
 
     def forward(self, x):
         return x.unflatten(1, (-1, 2)).amax(2)
@@ -48,7 +48,8 @@ class MLP_model(nn.Module):
                  normalization='none'):
         super().__init__()
         k = 2 if activation == 'maxout' else 1  # inputs of the activation for each output
-        layers, in_features = [nn.Flatten()], 3072  # 3 x 32 x 32 values of an image
+        layers = [nn.Flatten()]
+        in_features = 3072  # 3 x 32 x 32 values of an image
         for units in hidden:
             layers.append(nn.Linear(in_features, units * k))
             if normalization == 'batch':

@@ -27,8 +27,10 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
     Args:
         dataset (str): 'cifar10' (50,000 training and 10,000 test images) or 'synthetic' (5,000 and 1,000).
         data_dir (str or Path): folder that holds, or gets, CIFAR-10.
-        holdout (int): this many class-balanced training images, drawn by seed, are the validation images;
+        holdout (int): this many class-balanced training images are the validation images;
             with 0 the test images are.
+        seed (int): decides which images are held out.
+        device (str or torch.device): where the images are kept.
         urls (sequence of str): where CIFAR-10 is fetched from, if data_dir lacks it; default: its mirrors.
 
     Returns:

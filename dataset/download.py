@@ -43,7 +43,8 @@ def ensure_cifar10(data_dir, urls):
 
 def fetch(archive, urls):
     """Download the archive from the first URL that delivers it whole; a .part file keeps what came so far."""
-    part, errors = archive.with_suffix('.part'), set()
+    part = archive.with_suffix('.part')
+    errors = []
     for url in urls:
         archive.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to fetch
         try:
@@ -59,9 +60,10 @@ def fetch(archive, urls):
                 return os.replace(part, archive)
         except (OSError, ValueError, http.client.HTTPException) as error:
             print_progress(f"No images from {url}: {error}.", done=True)
-            errors.add(str(error))
+            errors.append(str(error))
+    reasons = '; '.join(dict.fromkeys(errors))  # each one once
     raise UserError(f"CIFAR-10 is not in {archive.parent}"
-                    f"{' and no server gave it (' + '; '.join(errors) + ')' if errors else ''}: "
+                    f"{f' and no server gave it ({reasons})' if errors else ''}: "
                     f"put {ARCHIVE} there, or name its folder with --data-dir, or a server with "
                     "--data-url, or try --dataset synthetic.")
 
@@ -79,7 +81,8 @@ def download(url, part, slow):
         if response.headers.get('Content-Length') not in (None, str(SIZE - have)):
             raise ValueError(f"it offers {response.headers['Content-Length']} bytes")
         with open(part, 'ab' if resumed else 'wb') as file:
-            began, came = time.monotonic(), 0
+            began = time.monotonic()
+            came = 0
             while have + came <= SIZE and (block := response.read1(1 << 20)):
                 file.write(block)
                 came += len(block)

@@ -241,7 +241,7 @@ def test_curves_are_means_over_the_seeds_with_a_band_of_a_deviation(over, step, 
     assert (third.min(), third.max()) == pytest.approx((40 - deviation, 40 + deviation))
     legend = axes.figure.legends[0]
     assert [text.get_text() for text in legend.get_texts()] == ['one', 'two']
-    assert legend.get_title().get_text() == 'option'
+    assert axes.get_title().startswith('option\n')
     styles = {(axes.lines[i].get_color(), axes.lines[i].get_marker()) for i in (0, 3)}
     assert len(styles) == 2 and len({marker for _, marker in styles}) == 2  # also in black and white
 
@@ -260,12 +260,13 @@ def test_early_stopping_is_shown_with_bars_of_a_deviation(drawn):
 def test_drops_of_the_learning_rate_are_marked_on_a_single_curve(drawn):
     stepped = Run(None, Configuration(epochs=3), {}, run([10, 20, 30]).history)
     stepped.history[2]['learning_rate'] = 0.01
-    CIFAR10_evaluation.plot_accuracy({'a': [stepped]}, None, None)
-    CIFAR10_evaluation.plot_accuracy({'a': [stepped], 'b': [stepped]}, None, None)
+    CIFAR10_evaluation.plot_accuracy({'a': [stepped]}, 'LeNet-5', None)
+    CIFAR10_evaluation.plot_accuracy({'a': [stepped], 'b': [stepped]}, 'option', None)
     labels = [[text.get_text() for text in axes.figure.legends[0].get_texts()] for axes in drawn]
     assert labels == [['a', 'learning rate × 0.1'], ['a', 'b']]
     [drop] = drawn[0].collections[-1].get_segments()
     assert drop[:, 0].tolist() == [2.5, 2.5]
+    assert drawn[0].get_ylim() == (0, 105) != drawn[1].get_ylim()  # the settings have one scale
 
 
 def test_a_group_stops_at_the_first_user_error(monkeypatch):
