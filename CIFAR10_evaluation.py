@@ -78,10 +78,11 @@ def cpu_capabilities():
 
 
 def describe_machine(device):
-    """What the report says of the machine: device, processor, threads and PyTorch's version."""
+    """What the report says of the machine. On machines that differ in it, results differ a little."""
     processor = cpu_capabilities().get('cpu_name', platform.machine())
     return dict(device=device.type,
                 processor=torch.cuda.get_device_name() if device.type == 'cuda' else processor,
+                instructions=torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512, ...
                 threads=torch.get_num_threads(),
                 torch=torch.__version__)
 
@@ -448,10 +449,11 @@ def compare_reruns(runs):
                 verdict = "with no other seed to compare"
             else:
                 verdict = within if abs(difference) <= 2 * statistics.stdev(accuracies) else f"NOT {within}"
-            machine = "the same" if rerun.machine == first.machine else "another"
+            same = rerun.machine == first.machine
+            machine = "the same kind of machine" if same else "another kind of machine or precision"
             lines += (f"{rerun.folder.name} repeats {first.folder.name}: {rerun.accuracy:.2f} % in "
                       f"{len(rerun.history)} of {rerun.config.epochs} epochs, {difference:+.2f} points, "
-                      f"{verdict}, on {machine} kind of machine.\n")
+                      f"{verdict}, on {machine}.\n")
     return lines
 
 

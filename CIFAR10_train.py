@@ -310,11 +310,13 @@ def train(name, config, options, device):
     # The lock is held until this function returns.
     folder, checkpoint, _held = open_run(name, config, options.restart) if RANK == 0 else [None] * 3
     folder, checkpoint = from_process_0(folder, checkpoint)
-    run = Run(folder, config, describe_machine(device), [])
+    bf16 = use_bf16(options.precision, device)
+    machine = dict(describe_machine(device), precision='bf16' if bf16 else 'fp32')
+    run = Run(folder, config, machine, [])
     resume(run, model, optimizer, checkpoint)
 
     # Speed: training_model shares its weights with model, which is saved, and validated in float32.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(options.precision, device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     training_model = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     if options.compile:
         # One graph for the batches and one for the last, smaller one; on a GPU each starts as a whole.

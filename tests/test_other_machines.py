@@ -403,7 +403,7 @@ def test_a_rerun_is_no_seed_and_stands_beside_the_run_that_it_repeats(trained, t
         'lenet5-2 repeats lenet5: 77.00 % in 2 of 2 epochs, +0.00 points, the same to the digit, '
         'on the same kind of machine.\n'
         'lenet5-3 repeats lenet5-seed1: 77.30 % in 2 of 2 epochs, -0.10 points, within two deviations of '
-        'the seeds (77.20 ± 0.28 %), on another kind of machine.\n'
+        'the seeds (77.20 ± 0.28 %), on another kind of machine or precision.\n'
     )
     assert measured['lenet5'][-1] in output
 
@@ -455,10 +455,12 @@ def test_a_rerun_that_differs_by_more_than_seeds_do_is_told(trained, tmp_path):
 
 
 def test_training_again_says_that_the_accuracy_is_the_same(tmp_path):
-    command = ['CIFAR10_train.py', *SMALL, '--epochs', 1]
-    script(tmp_path, *command)
-    output = script(tmp_path, *command).stdout
-    assert 'mlp-2 repeats mlp' in output and 'the same to the digit, on the same kind of machine' in output
+    command = ['CIFAR10_train.py', *SMALL, '--epochs', 1, '--precision']
+    script(tmp_path, *command, 'fp32')
+    output = script(tmp_path, *command, 'fp32').stdout
+    assert 'mlp-2 repeats mlp' in output and 'the same to the digit, on the same kind of machine.' in output
+    output = script(tmp_path, *command, 'bf16').stdout
+    assert re.search('mlp-3 repeats mlp:.* on another kind of machine or precision', output)
 
 
 def test_classes_without_training_images_are_left_out_of_the_figures(tmp_path):
