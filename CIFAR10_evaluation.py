@@ -431,7 +431,7 @@ def result_cells(runs):
         'Accuracy at early stopping (%)': mean_std([run.accuracy for run in runs]),
         'In the last epoch (%)': mean_std([run.last['val_accuracy'] for run in runs]),
         'On the training images, while training (%)': mean_std([run.last['train_accuracy'] for run in runs]),
-        'Minutes': mean_std([run.last['seconds'] / 60 for run in runs], 1),
+        'Minutes': ', '.join(f"{run.last['seconds'] / 60:.1f}" for run in runs),
     }
 
 
@@ -477,9 +477,10 @@ def protocol_cells(runs):
                for name in config.differences(SETTINGS[config.model])]
     drops = [f"{before['val_accuracy']:.2f} % to {after['val_accuracy']:.2f} % at epoch {after['epoch']:.0f}"
              for before, after in learning_rate_drops(runs[0])]
+    machines = [', '.join(f'{name} {value}' for name, value in run.machine.items()) for run in runs]
     return {
         **result_cells(runs),
-        'Machine': ', '.join(f'{name} {value}' for name, value in runs[0].machine.items()),
+        'Machine': '; '.join(dict.fromkeys(machines)),  # each once
         'Other options': ' '.join(options),
         'Validated on': (f"{config.holdout:,} held-out training images" if config.holdout
                          else "the test images, as on the slides"),
