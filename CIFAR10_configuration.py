@@ -77,7 +77,7 @@ class Configuration:
     dropout: float = option(0.0, (0.0, 1.0), "share of the hidden units silenced in a step", ('mlp',))
     normalization: str = option('none', ['none', 'batch'], "batch: Ioffe & Szegedy 2015", ('mlp',))
     activation: str = option('relu', ['sigmoid', 'tanh', 'relu', 'leaky_relu', 'maxout', 'elu'],
-                             "ReLU does not saturate: gradients reach the first layer", ('mlp', 'lenet5'))
+                             "ReLU, maxout: no saturation, gradients pass", ('mlp', 'lenet5'))
     initialization: str = option('he_normal', ['xavier_normal', 'he_normal'],
                                  "He: keeps the variance through ReLU layers", ('mlp', 'lenet5'))
     depth: int = option(32, [8, 14, 20, 32, 44, 56, 110], "weighted layers, 6 n + 2", ('resnet32',))
@@ -88,7 +88,7 @@ class Configuration:
     optimizer: str = option('sgd', ['sgd', 'nesterov', 'adam'], "SGD with momentum, He et al. 2016")
     learning_rate: float = option(0.1, (1e-12, inf), "its peak, He et al. 2016")
     momentum: float = option(0.9, (0.0, 1.0), "He et al. 2016; with Adam its beta 1")
-    weight_decay: float = option(1e-4, (0.0, inf), "lambda of the L2 penalty, He et al. 2016")
+    weight_decay: float = option(1e-4, (0.0, inf), "lambda of the L2 penalty, which keeps weights small")
     max_norm: float = option(0.0, (0.0, inf), "weight restriction: c of |w|^2 <= c for each unit; 0: none")
 
     # Schedule
@@ -129,7 +129,7 @@ SETTINGS = {
         'lenet5', activation='maxout', initialization='xavier_normal',
         epochs=150, optimizer='nesterov', learning_rate=0.02, weight_decay=5e-4,
         learning_rate_decay='cosine', warmup=2.0),
-    # As the report demands, with six small drops of the learning rate
+    # As the report demands; its weight decay and six drops are free
     'resnet32': Configuration(
         'resnet32', weight_decay=5e-4, milestones=(0.36, 0.6, 0.72, 0.81, 0.87, 0.91), gamma=0.5),
 }

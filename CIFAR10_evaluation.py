@@ -183,7 +183,7 @@ def evaluate_run(run, data_dir, device):
     confidence, predicted = predict(model, images).softmax(1).max(1)
     found = {'accuracy': (predicted == labels).sum().item() / len(labels) * 100}
     if config.holdout:
-        # The one look at the test images, after every choice was made.
+        # By the test images neither these weights nor the hyperparameters were chosen.
         test_data = data_load(config.dataset, data_dir, device=device, urls=())[1]
         found['test_accuracy'] = evaluate(model, test_data)[1]
     atomic_write(run.folder / 'evaluation.json', json.dumps(found).encode())
@@ -415,7 +415,7 @@ def setting_cells(runs):
         'Momentum': f'{config.momentum:g}',
         'Weight decay': config.weight_decay or 'X',
         'LR decay': f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay,
-        'training time (m)': mean_std([run.last['seconds'] / 60 for run in runs], 1),
+        'training time (m)': result_cells(runs)['Minutes'],
         'Early stopping epoch': ', '.join(f"{run.best['epoch']:.0f}" for run in runs),
         'Accuracy': f"{mean_std([run.accuracy for run in runs])} %{seeds}",
     }
@@ -485,7 +485,7 @@ def protocol_cells(runs):
         'Validated on': (f"{config.holdout:,} held-out training images" if config.holdout
                          else "the test images, as on the slides"),
         'The epoch after a drop of the learning rate': '; '.join(drops),
-        'Recomputed from the best weights; held-out runs look at the test images once':
+        'Recomputed from the best weights; of held-out runs also on the test images':
             ', '.join(map(recomputed, runs)),
         'Reruns': compare_reruns(runs),
     }

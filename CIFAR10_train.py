@@ -324,7 +324,7 @@ def train(name, config, options, device):
 
     # Epochs, up to the last one or early stopping; the clock goes on where the run was interrupted.
     began = time.time() - (run.last['seconds'] if run.history else 0)
-    save_checkpoint(run, model, optimizer)  # finds a folder that can't be written before any training
+    save_checkpoint(run, model, optimizer)  # a folder that can't be written fails here, before any training
     while not should_stop(config, run.history):
         train_results = train_epoch(training_model, optimizer, train_data, config, len(run.history), autocast)
         # All go by the results of process 0, as batch norm's running means differ a little.

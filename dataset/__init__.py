@@ -31,7 +31,8 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
             with 0 the test images are.
         seed (int): decides which images are held out.
         device (str or torch.device): where the images are kept.
-        urls (sequence of str): where CIFAR-10 is fetched from, if data_dir lacks it; default: its mirrors.
+        urls (sequence of str): where CIFAR-10 is fetched from, if data_dir lacks it; None: its mirrors;
+            (): nowhere.
 
     Returns:
         Two TensorDatasets of images (N, 3, 32, 32) uint8 and labels (N,) int64, on the device.
