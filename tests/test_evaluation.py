@@ -141,7 +141,7 @@ def test_runs_that_differ_only_in_their_seed_are_one_row_of_mean_and_deviation(t
     report = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')
     row = next(row for row in table(report) if row[1].startswith('LeNet-5'))
     assert row[-3:] == [
-        '2.0 ± 0.0',
+        '2.0, 2.0, 2.0',
         '1, 1, 1',
         f'{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} % (3 seeds)',
     ]
