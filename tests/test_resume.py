@@ -108,6 +108,7 @@ def test_a_signal_keeps_the_finished_epochs_and_the_same_command_continues(numbe
     whole = tmp_path / 'whole'
     whole.mkdir()
     assert not killed(0, whole, *command)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
     training = after_first_epoch(tmp_path, [sys.executable, ROOT / 'CIFAR10_train.py', *command])
     training.send_signal(number)
     output, errors = training.communicate(timeout=60)
