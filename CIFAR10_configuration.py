@@ -169,6 +169,8 @@ def named_configurations(options):
 
     Options with several values make a group: a run for each combination, or for so many as --search says.
     """
+    if [] in vars(options).values():  # what argparse makes of --epochs=--
+        raise UserError("An option lacks its value; see --help.")
     # The values of each option; those of --hidden and --milestones are one value.
     given = {name: [values] if FIELDS[name].type is tuple else values
              for name, values in vars(options).items() if name in FIELDS}
@@ -183,8 +185,6 @@ def named_configurations(options):
         group = options.name or '-'.join(varied) or config.model
         label = '-'.join(str(chosen[name]) for name in varied)
         runs[f'{group}/{label}' if varied else group] = config
-    if not runs:  # of --epochs=-- argparse makes no value
-        raise UserError("An option lacks its value; see --help.")
     if options.search is not None:
         check(f'--search among {len(runs)} combinations', options.search, (1, len(runs) + 1))
         if not all(config.holdout for config in runs.values()):

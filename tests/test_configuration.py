@@ -45,6 +45,7 @@ MISTAKES = {
     '--augmentation yes': 'off',
     '--name a/../b --dataset synthetic': '--name',
     '--epochs=--': 'lacks its value',
+    '--milestones=--': 'lacks its value',
     '--model mlp --warmup -1': '--warmup',
     '--patience 0': '--patience',
     '--device tpu': '--device',
