@@ -399,6 +399,11 @@ def mean_std(numbers, digits=2):
     return f"{statistics.mean(numbers):.{digits}f}{spread}"
 
 
+def minutes(runs):
+    """The minutes that each run took, as text."""
+    return ', '.join(f"{run.last['seconds'] / 60:.1f}" for run in runs)
+
+
 def setting_cells(runs):
     """The row of the slides' table, a dict by column, of runs that differ only in their seed."""
     run, config = runs[0], runs[0].config
@@ -415,7 +420,7 @@ def setting_cells(runs):
         'Momentum': f'{config.momentum:g}',
         'Weight decay': config.weight_decay or 'X',
         'LR decay': f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay,
-        'training time (m)': result_cells(runs)['Minutes'],
+        'training time (m)': minutes(runs),
         'Early stopping epoch': ', '.join(f"{run.best['epoch']:.0f}" for run in runs),
         'Accuracy': f"{mean_std([run.accuracy for run in runs])} %{seeds}",
     }
@@ -431,7 +436,7 @@ def result_cells(runs):
         'Accuracy at early stopping (%)': mean_std([run.accuracy for run in runs]),
         'In the last epoch (%)': mean_std([run.last['val_accuracy'] for run in runs]),
         'On the training images, while training (%)': mean_std([run.last['train_accuracy'] for run in runs]),
-        'Minutes': ', '.join(f"{run.last['seconds'] / 60:.1f}" for run in runs),
+        'Minutes': minutes(runs),
     }
 
 
