@@ -1,28 +1,23 @@
 """What a run is: its hyperparameters, the three settings, the command line and the record in results/."""
 import argparse
 import contextlib
-import csv
-import errno
 import functools
+import inspect
 import json
 import os
-import random
 import re
-import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections import namedtuple
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
-from math import inf, isfinite
 from pathlib import Path
+from typing import Literal, get_args
 
-if os.name == 'nt':
-    import msvcrt
-else:
-    import fcntl
+import numpy as np
 
 RESULTS = Path('results')  # holds a folder for each run, and for each group of runs
-MODELS = ['mlp', 'lenet5', 'resnet32']
+MODELS = ('mlp', 'lenet5', 'resnet32')
 
 
 class UserError(Exception):
@@ -33,91 +28,155 @@ class UserError(Exception):
 # Hyperparameters
 
 
-def option(default, allowed, reason, models=MODELS):
-    """A hyperparameter: its default, what is allowed, the reason for the default, the models that have it.
-
-    allowed is a list of choices or a range: a tuple (low, high), for low <= value < high.
-    """
-    return field(default=default, metadata=dict(allowed=allowed, reason=reason, models=models))
-
-
-def flag(name):
-    """How the command line spells a hyperparameter."""
-    return '--' + name.replace('_', '-')
-
-
-def check(name, value, allowed):
-    """Raise UserError unless value is in the list allowed, or a number in the range allowed."""
-    if isinstance(allowed, list):
-        fits = value in allowed
-        rule = f"one of {', '.join(map(str, allowed))}"
-    else:
-        low, high = allowed
-        fits = isinstance(value, (int, type(low))) and low <= value < high
-        rule = f"at least {low} and below {high}"
-    if not fits:
-        raise UserError(f"{name} must be {rule}, not {value}.")
-
-
 @dataclass(frozen=True)
 class Configuration:
-    """All that decides what a run learns. Raises UserError for a value that is not allowed."""
-    model: str = option('resnet32', MODELS, "which of the three settings")
+    """All that decides what a run learns. Raises UserError for a value that is not allowed.
+
+    The text below each field is what --help says of it. A setting's values are in SETTINGS below.
+    """
+    model: Literal[MODELS] = 'resnet32'
+    """one of the three settings"""
 
     # Data
-    dataset: str = option('cifar10', ['cifar10', 'synthetic'], "synthetic: made by the program, no download")
-    holdout: int = option(0, (0, 50_000), "validate on this many training images; 0: on the test images")
-    batch_size: int = option(128, (1, 50_001), "images a step; 1: stochastic, 50000: full-batch descent")
-    seed: int = option(0, (0, 1_000_001), "decides all that is random, and which images are held out")
-    augmentation: str = option('on', ['on', 'off'], "random crops and flips")
-    standardization: str = option('on', ['on', 'off'], "off: pixels from 0 to 1 as they are")
+
+    dataset: Literal['cifar10', 'synthetic'] = 'cifar10'
+    """synthetic is made by the program"""
+
+    holdout: int = 0
+    """training images to validate on; 0: the test images"""
+
+    batch_size: int = 128
+    """images a step; 1: stochastic, 50000: full batch"""
+
+    seed: int = 0
+    """decides all that is random, and what is held out"""
+
+    augmentation: Literal['on', 'off'] = 'on'
+    """random crops and flips"""
+
+    standardization: Literal['on', 'off'] = 'on'
+    """off: pixels from 0 to 1 as they are"""
 
     # Model
-    hidden: tuple = option((1024, 512), (1, 100_001), "units of each hidden layer", ('mlp',))
-    dropout: float = option(0.0, (0.0, 1.0), "share of the hidden units silenced in a step", ('mlp',))
-    normalization: str = option('none', ['none', 'batch'], "batch: Ioffe & Szegedy 2015", ('mlp',))
-    activation: str = option('relu', ['sigmoid', 'tanh', 'relu', 'leaky_relu', 'maxout', 'elu'],
-                             "ReLU, maxout: no saturation, gradients pass", ('mlp', 'lenet5'))
-    initialization: str = option('he_normal', ['xavier_normal', 'he_normal'],
-                                 "He: keeps the variance through ReLU layers", ('mlp', 'lenet5'))
-    depth: int = option(32, [8, 14, 20, 32, 44, 56, 110], "weighted layers, 6 n + 2", ('resnet32',))
-    block: str = option('residual', ['residual', 'plain', 'projection'],
-                        "plain: no shortcut; projection: option B of He et al. 2016", ('resnet32',))
+
+    hidden: tuple = (1024, 512)
+    """MLP: units of each hidden layer"""
+
+    dropout: float = 0.0
+    """MLP: share of the hidden units silenced in a step"""
+
+    normalization: Literal['none', 'batch'] = 'none'
+    """MLP: Ioffe & Szegedy 2015"""
+
+    activation: Literal['sigmoid', 'tanh', 'relu', 'leaky_relu', 'maxout', 'elu'] = 'relu'
+    """ReLU and maxout don't saturate, so gradients pass"""
+
+    initialization: Literal['xavier_normal', 'he_normal'] = 'he_normal'
+    """He's keeps the variance through ReLU layers"""
+
+    depth: Literal[8, 14, 20, 32, 44, 56, 110] = 32
+    """ResNet: layers, 6 n + 2"""
+
+    block: Literal['residual', 'plain', 'projection'] = 'residual'
+    """ResNet: plain has no shortcut; projection is option B of He et al. 2016"""
 
     # Optimizer
-    optimizer: str = option('sgd', ['sgd', 'nesterov', 'adam'], "SGD with momentum, He et al. 2016")
-    learning_rate: float = option(0.1, (1e-12, inf), "its peak, He et al. 2016")
-    momentum: float = option(0.9, (0.0, 1.0), "He et al. 2016; with Adam its beta 1")
-    weight_decay: float = option(1e-4, (0.0, inf), "lambda of the L2 penalty, which keeps weights small")
-    max_norm: float = option(0.0, (0.0, inf), "weight restriction: c of |w|^2 <= c for each unit; 0: none")
+
+    optimizer: Literal['sgd', 'nesterov', 'adam'] = 'sgd'
+    """SGD with momentum, He et al. 2016"""
+
+    learning_rate: float = 0.1
+    """its peak"""
+
+    momentum: float = 0.9
+    """He et al. 2016; with Adam its beta 1"""
+
+    weight_decay: float = 1e-4
+    """lambda of the L2 penalty on large weights"""
+
+    max_norm: float = 0.0
+    """weight restriction |w|^2 <= c of each unit; 0: none"""
 
     # Schedule
-    epochs: int = option(164, (1, 100_000), "64k steps of 128 images, He et al. 2016, section 4.2")
-    warmup: float = option(0.0, (0.0, inf), "epochs in which the learning rate rises, Goyal et al. 2017")
-    learning_rate_decay: str = option('step', ['step', 'cosine', 'none'], "large steps find the valley")
-    milestones: tuple = option((0.5, 0.75), (1e-12, 1.0), "step: parts of the training before each drop")
-    gamma: float = option(0.1, (1e-12, 1.0), "step: factor of each drop")
-    patience: int = option(20, (1, inf), "stop after so many epochs with none better, from the last drop on")
+
+    epochs: int = 164
+    """64k steps, He et al. 2016"""
+
+    warmup: float = 0.0
+    """epochs of rising rate, Goyal et al. 2017"""
+
+    learning_rate_decay: Literal['step', 'cosine', 'none'] = 'step'
+    """large steps find the valley, small ones its floor"""
+
+    milestones: tuple = (0.5, 0.75)
+    """step: parts of the training before each drop"""
+
+    gamma: float = 0.1
+    """step: factor of each drop"""
+
+    patience: int = 20
+    """epochs without a better one after the last drop"""
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
+        # Every value in its field's type; those of a tuple one by one
+        for name, f in FIELDS.items():
+            value = getattr(self, name)
             if f.type is tuple:
-                object.__setattr__(self, f.name, tuple(value))  # JSON and the command line give lists
-            for item in value if f.type is tuple else [value]:
-                check(flag(f.name), item, f.metadata['allowed'])
+                value = tuple(convert(name, item) for item in value)
+            else:
+                value = convert(name, value)
+            object.__setattr__(self, name, value)
 
     @staticmethod
     def from_record(record):
         """The Configuration in a saved dict: unknown fields are ignored, missing ones are the default."""
         return Configuration(**{name: value for name, value in record.items() if name in FIELDS})
 
+    @property
+    def title(self):
+        """What figures and texts call the model; synthetic images are told apart from CIFAR-10."""
+        name = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': f'ResNet-{self.depth}'}[self.model]
+        return name if self.dataset == 'cifar10' else f"{name} (synthetic, NOT CIFAR-10)"
+
     def differences(self, other):
         """The names of the fields in which two configurations differ."""
         return [name for name in FIELDS if getattr(self, name) != getattr(other, name)]
 
 
+# The fields by name, and what --help says of each: the text below it in the class above
 FIELDS = {f.name: f for f in fields(Configuration)}
+REASONS = dict(re.findall(r'(\w+): .*\n +"""(.*)"""', inspect.getsource(Configuration)))
+
+# The models that have a field, where it is not all of them
+MODELS_WITH = dict(model=['resnet32'],  # by default
+                   hidden=['mlp'], dropout=['mlp'], normalization=['mlp'],
+                   activation=['mlp', 'lenet5'], initialization=['mlp', 'lenet5'],
+                   depth=['resnet32'], block=['resnet32'])
+
+# The lowest number that is allowed, where it is not 0, and the fields that must stay below 1
+LOWEST = dict(batch_size=1, hidden=1, epochs=1, patience=1,
+              learning_rate=1e-12, milestones=1e-12, gamma=1e-12)
+SHARES = ('dropout', 'momentum', 'milestones', 'gamma')
+
+
+def flag(name):
+    """How the command line spells a field."""
+    return '--' + name.replace('_', '-')
+
+
+def convert(name, text):
+    """A value, or a text that gives it, in its field's type. Raises UserError where it is not allowed."""
+    default, choices = FIELDS[name].default, get_args(FIELDS[name].type)
+    # The type of a number, or of the numbers in a tuple
+    kind = type(default[0] if isinstance(default, tuple) else default)
+    low, high = LOWEST.get(name, 0), 1 if name in SHARES else 1e9
+    with contextlib.suppress(TypeError, ValueError):  # of what is no number
+        value = kind(str(text))
+        if value in choices or not choices and low <= value < high:
+            return value
+    rule = f"one of {', '.join(map(str, choices))}" if choices else f"at least {low} and below {high:g}"
+    raise UserError(f"{flag(name)} must be {rule}, not {text}.")
+
 
 # The three settings of the report
 SETTINGS = {
@@ -139,120 +198,130 @@ SETTINGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with the options that both scripts share, whose errors are UserErrors."""
+    """An argument parser whose errors are UserErrors."""
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False)
-        self.add_argument('--data-dir', type=os.path.expanduser, default='dataset', help="where images are")
-        self.add_argument('--data-url', nargs='+', metavar='URL', help="where CIFAR-10's archive is fetched")
+    def __init__(self, usage):
+        super().__init__(usage=usage, allow_abbrev=False,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=31))
 
     def error(self, message):
         raise UserError(f"{message[:1].upper()}{message[1:]}; see --help.")
 
 
-def run_name(text):
-    """A text that can name a folder or a file anywhere, as it is."""
-    reserved = re.match(r'(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)', text, re.IGNORECASE)  # by Windows
-    if reserved or not re.fullmatch(r'\w[\w-]*(\.[\w-]+)*', text) or len(text.encode()) > 100:
-        raise argparse.ArgumentTypeError("use letters, digits, '-', '_' and inner dots, and no name of a "
-                                         f"Windows device, not {text!r}")
-    return text
+def add_data_options(group):
+    """Add the options on CIFAR-10's files, which both scripts have."""
+    group.add_argument('--data-dir', type=os.path.expanduser, default='dataset', help="where images are")
+    group.add_argument('--data-url', nargs='+', metavar='URL', help="where CIFAR-10's archive is fetched")
 
 
 def path_of_run(text):
-    """The name of a run, or of one in a group: GROUP/RUN."""
-    return '/'.join(map(run_name, text.split('/')))
+    """A text that can name a run, or one in a group as GROUP/RUN, in folders of any system."""
+    # Letters, digits, '-', '_' and inner dots, but not the name of a Windows device
+    allowed = r'(?!(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$))\w[\w-]*(\.[\w-]+)*'
+    for name in text.split('/'):
+        if not re.fullmatch(allowed, name, re.IGNORECASE) or len(name.encode()) > 100:
+            raise argparse.ArgumentTypeError("use letters, digits, '-', '_' and inner dots, and no name of a "
+                                             f"Windows device, not {text!r}")
+    return text
 
 
-def named_configurations(options):
-    """The Configuration of each run that the options ask for, by the run's name.
+def as_given(value):
+    """A field's value as the command line has it."""
+    return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-    Options with several values make a group: a run for each combination, or for so many as --search says.
-    """
-    if [] in vars(options).values():  # what argparse makes of --epochs=--
-        raise UserError("An option lacks its value; see --help.")
-    # The values of each option; those of --hidden and --milestones are one value.
-    given = {name: [values] if FIELDS[name].type is tuple else values
-             for name, values in vars(options).items() if name in FIELDS}
-    varied = [name for name, values in given.items() if len(values) > 1]
-    runs = {}
-    for combination in product(*given.values()):
-        chosen = dict(zip(given, combination, strict=True))
-        config = replace(SETTINGS[chosen.get('model', 'resnet32')], **chosen)
-        for name in given:
-            if config.model not in FIELDS[name].metadata['models']:
-                raise UserError(f"{config.model} has no option {flag(name)}: leave it out or change --model.")
-        group = options.name or '-'.join(varied) or config.model
-        label = '-'.join(str(chosen[name]) for name in varied)
-        runs[f'{group}/{label}' if varied else group] = config
-    if options.search is not None:
-        check(f'--search among {len(runs)} combinations', options.search, (1, len(runs) + 1))
-        if not all(config.holdout for config in runs.values()):
-            raise UserError("--search chooses by held-out training images: add --holdout 5000.")
-        # The same order each time, so that a longer search continues a shorter one
-        shuffled = random.Random(0).sample(list(runs.values()), len(runs))
-        group = f'{options.name or config.model}-search'
-        runs = {f'{group}/{number:02}': config for number, config in enumerate(shuffled[:options.search], 1)}
-    return runs
+
+def help_text(name):
+    """What --help says of a field: choices, reason, and default, by model where the settings differ."""
+    models = MODELS_WITH.get(name, MODELS)
+    defaults = [as_given(getattr(SETTINGS[model], name)) for model in models]
+    # Once where the models agree, else for each model
+    agreed = len(set(defaults)) == 1
+    default = defaults[0] if agreed else ', '.join(map(' '.join, zip(models, defaults)))
+    choices = ', '.join(map(str, get_args(FIELDS[name].type)))
+    return f"{choices}{choices and '; '}{REASONS[name]} (default: {default})"
 
 
 def parse_configuration(arguments=None):
     """The Configuration of each run to train, by its name, and the other options of CIFAR10_train.py."""
-    parser = Parser("Train one of the three settings on CIFAR-10; the run is kept in results/NAME/. Several "
-                    "values for an option make a group, with a run for each in results/GROUP/RUN/.")
-    parser.add_argument('--name', type=path_of_run, help="name of the run or group (default: the model)")
-    parser.add_argument('--restart', action='store_true', help="begin anew; the old run is kept")
-    parser.add_argument('--search', type=int, metavar='RUNS', help="so many of the combinations, at random")
+    parser = Parser("""python CIFAR10_train.py [OPTION VALUE ...]
 
-    # Every field of Configuration is an option, whose default is that of the chosen model's setting.
-    for name, f in FIELDS.items():
-        allowed, reason, models = f.metadata.values()
-        defaults = [f'{model} {getattr(SETTINGS[model], name)}' for model in models]
-        parser.add_argument(
-            flag(name), default=argparse.SUPPRESS, help=f"{reason} (default: {', '.join(defaults)})",
-            type=type(allowed[0]),  # of the lowest value, or of a choice
-            choices=allowed if isinstance(allowed, list) else None,
-            nargs='+')
-
-    # Speed: these change how long a run takes, not what it learns.
-    parser.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'),
-                        help="auto: the GPU where there is one")
-    parser.add_argument('--precision', default='auto', choices=('auto', 'fp32', 'bf16'),
-                        help="auto: bf16 where the hardware multiplies it natively")
-    parser.add_argument('--compile', action='store_true', help="torch.compile: for GPUs, and CPUs with AMX")
-
+  Train one setting, in results/lenet5/:
+    python CIFAR10_train.py --model lenet5
+  Several values of an option make a group, with a run for each combination, in results/activation/:
+    python CIFAR10_train.py --model lenet5 --name activation --activation relu elu --epochs 15""")
+    group = parser.add_argument_group("run")
+    group.add_argument('--name', type=path_of_run, help="name of the run or group (default: the model)")
+    # Every field of Configuration is an option, whose default is that of the model's setting.
+    headings = dict(dataset="data", hidden="model", optimizer="optimizer", epochs="schedule")
+    for name in FIELDS:
+        # A heading before the first field of each section
+        if name in headings:
+            group = parser.add_argument_group(headings[name])
+        if name == 'dataset':
+            add_data_options(group)
+        group.add_argument(flag(name), help=help_text(name), nargs='+', metavar='X',
+                           default=argparse.SUPPRESS)
+    group = parser.add_argument_group("speed", "these change how long a run takes, not what it learns")
+    group.add_argument('--device', default='auto', help="cuda, mps, cpu; auto: the first that there is")
+    group.add_argument('--precision', default='auto', choices=('auto', 'fp32', 'bf16'),
+                       help="auto: bf16 where the hardware multiplies it natively")
+    group.add_argument('--compile', action='store_true', help="torch.compile: for GPUs")
     options = parser.parse_args(arguments)
     return named_configurations(options), options
+
+
+def named_configurations(options):
+    """The Configuration of each combination of the options' values, by its run's name."""
+    if [] in vars(options).values():  # what argparse makes of --epochs=--
+        raise UserError("An option lacks its value; see --help.")
+    # The values of each option; all that follows --hidden or --milestones is one value.
+    given = {name: [values] if FIELDS[name].type is tuple else values
+             for name, values in vars(options).items() if name in FIELDS}
+    # A run for each combination, named by those of its values that vary
+    varied = [name for name, values in given.items() if len(values) > 1]
+    runs = {}
+    for values in product(*given.values()):
+        config = configure(**dict(zip(given, values)))
+        group = options.name or '-'.join(varied) or config.model
+        label = '-'.join(str(getattr(config, name)) for name in varied)
+        runs[f'{group}/{label}' if varied else group] = config
+    return runs
+
+
+def configure(model='resnet32', **chosen):
+    """The setting of a model, with the chosen values instead of its own."""
+    setting = SETTINGS[convert('model', model)]
+    for name in chosen:
+        if model not in MODELS_WITH.get(name, MODELS):
+            raise UserError(f"{model} has no option {flag(name)}: leave it out or change --model.")
+    return replace(setting, **chosen)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The record of a run, and how files and messages are written
 
-# The columns of history.csv
-HISTORY = ('epoch', 'learning_rate', 'train_loss', 'train_accuracy', 'val_loss', 'val_accuracy', 'seconds')
+# What is recorded of an epoch, a row of history.csv: accuracies in percent, seconds since the run's start
+Epoch = namedtuple('Epoch', 'epoch learning_rate train_loss train_accuracy val_loss val_accuracy seconds')
 
 
 @dataclass
 class Run:
-    """The record of a run, results/<name>/: its configuration, its machine and a dict for each epoch so far.
-
-    The history's accuracies are in percent, its seconds are those of training since the run's start.
-    """
+    """The record of a run, results/<name>/: its configuration, its machine, and the epochs so far."""
     folder: Path
     config: Configuration
     machine: dict
     history: list
-    reruns: list = field(default_factory=list)  # later runs of the same configuration
+    same: list = field(default_factory=list)  # the report lists this run and its repetitions here
 
     @property
     def best(self):
         """The early-stopping epoch: the first one with the highest validation accuracy."""
-        return max(self.history, key=lambda row: row['val_accuracy'])
+        return max(self.history, key=lambda row: row.val_accuracy)
 
     @property
     def accuracy(self):
         """The validation accuracy of the early-stopping epoch, in percent."""
-        return self.best['val_accuracy']
+        return self.best.val_accuracy
 
     @property
     def last(self):
@@ -260,21 +329,23 @@ class Run:
         return self.history[-1]
 
     def write(self):
-        """Write config.json and history.csv."""
-        record = dict(configuration=asdict(self.config), machine=self.machine)
-        lines = [HISTORY] + [[f'{number:.10g}' for number in row.values()] for row in self.history]
-        atomic_write(self.folder / 'history.csv', ''.join(','.join(line) + '\n' for line in lines).encode())
+        """Write history.csv and config.json."""
+        lines = [','.join(Epoch._fields)]
+        lines += [','.join(f'{number:.10g}' for number in row) for row in self.history]
+        atomic_write(self.folder / 'history.csv', ''.join(f'{line}\n' for line in lines).encode())
         # The last one, as by it a folder is known to hold a run
+        record = dict(configuration=vars(self.config), machine=self.machine)
         atomic_write(self.folder / 'config.json', json.dumps(record, indent=1).encode())
 
     @staticmethod
     def read(folder):
         """The run in a folder. Raises UserError where its record is damaged, cut short or still empty."""
         try:
-            record = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-            lines = (folder / 'history.csv').read_text(encoding='utf-8').splitlines()
-            history = [{name: float(row[name]) for name in HISTORY} for row in csv.DictReader(lines)]
-            if not history or not all(isfinite(number) for row in history for number in row.values()):
+            record = json.loads((folder / 'config.json').read_text())
+            lines = (folder / 'history.csv').read_text().splitlines()
+            # The first line has the names of the columns.
+            history = [Epoch(*map(float, line.split(','))) for line in lines[1:]]
+            if not history or not np.isfinite(history).all():
                 raise ValueError("history.csv has no epochs, or one without numbers")
             return Run(folder, Configuration.from_record(record['configuration']),
                        dict(record['machine']), history)
@@ -302,47 +373,20 @@ def atomic_write(file, content):
                         "close it elsewhere, and repeat the command to go on where it was.") from None
 
 
-def lock(file, wait=False):
-    """Open a file as the only process that may write in its folder, until the file is closed.
-
-    Where another process has it, wait for that one or raise UserError. A file system without locks lets
-    every process have it.
-    """
-    stream = open(file, 'a')  # the operating system unlocks it when the process ends, however
-    try:
-        if os.name == 'nt':
-            msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # others mean that there are no locks
-            raise UserError(f"{file.parent} can't be used, as another process is writing there: wait for it, "
-                            "or name another folder.") from None
-    return stream
-
-
-print_once = functools.cache(print)  # a text that it printed before is in the cache, and not printed again
-
-
-def print_progress(line, done=False):
-    """Rewrite the progress line on a terminal; elsewhere print the lines that are done."""
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        # Padded, to hide a longer line before; cut while it changes, as a line that wraps can't be rewritten.
-        print(f'\r{line:{width}}' if done else f'\r{line:{width}.{width}}',
-              end='\n' if done else '', flush=True)
-    elif done:
-        print(line, flush=True)
+@functools.cache  # a text that was printed before is in the cache, and not printed again
+def print_once(text):
+    """Print a text, but only the first time."""
+    print(text)
 
 
 def run_script(main):
     """Call a script's main function; a user's mistake ends it with one sentence and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # Jupyter's has no reconfigure
-            stream.reconfigure(errors='replace')  # a question mark for a letter that the console lacks
+    with contextlib.suppress(AttributeError):  # Jupyter's has no reconfigure
+        sys.stdout.reconfigure(errors='replace')  # a question mark for a letter that the console lacks
     try:
         main()
     except KeyboardInterrupt:
+        print("\nInterrupted: the finished epochs are kept, and the same command continues after them.")
         sys.exit(130)  # as a shell expects it
     except (UserError, OSError) as error:
         if isinstance(error, OSError):

@@ -17,12 +17,11 @@ import zipfile
 from dataclasses import replace
 from glob import glob
 from html import escape
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib import cycler, rcParams, style
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
@@ -35,13 +34,16 @@ from CIFAR10_configuration import (
     RESULTS,
     SETTINGS,
     Configuration,
+    Epoch,
     Parser,
     Run,
     UserError,
+    add_data_options,
+    as_given,
     atomic_write,
     flag,
+    path_of_run,
     print_once,
-    run_name,
     run_script,
 )
 from dataset import CLASSES, crop_and_flip, data_load, normalize
@@ -57,10 +59,10 @@ Image.MAX_IMAGE_PIXELS = 500_000_000  # no warning of a large photo
 
 def choose_device(name='auto'):
     """The torch.device of that name; 'auto' is the first of CUDA, MPS and CPU that this machine has."""
-    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
-        name = max(available, key=available.get)  # the first True
-    if not available[name]:
+        name = next(name for name in there if there[name])
+    if not there.get(name):
         raise UserError(f"This machine or its PyTorch has no {name}: leave --device out to use what it has.")
     if name == 'cuda':
         # torchrun starts a process for each GPU, and gives it a number.
@@ -72,19 +74,16 @@ def choose_device(name='auto'):
     return torch.device(name)
 
 
-def cpu_capabilities():
-    """What the CPU can do, as PyTorch 2.10 and newer tell it."""
-    return getattr(torch.cpu, 'get_capabilities', dict)()
-
-
-def describe_machine(device):
+def describe_machine(device, precision):
     """What the report says of the machine. On machines that differ in it, results differ a little."""
-    processor = cpu_capabilities().get('cpu_name', platform.machine())
+    # PyTorch 2.10 and newer know the processor's name.
+    processor = getattr(torch.cpu, 'get_capabilities', dict)().get('cpu_name', platform.machine())
     return dict(device=device.type,
                 processor=torch.cuda.get_device_name() if device.type == 'cuda' else processor,
                 instructions=torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512, ...
                 threads=torch.get_num_threads(),
-                torch=torch.__version__)
+                torch=torch.__version__,
+                precision=precision)
 
 
 def build_model(config, device):
@@ -109,13 +108,14 @@ NUMBERS = [MAKE_NUMBER, (MAKE_NUMBER, 'numpy.core.multiarray.scalar'),  # its na
            np.dtype, *map(type, map(np.dtype, '?bhilqBHILQefdg'))]  # booleans, integers and floats
 
 
-def load_file(file, hint):
-    """What torch.save wrote to a file. Raises UserError, ending with the hint, if it is unsafe or damaged."""
+def load_file(file):
+    """What torch.save wrote to a file. Raises UserError where it is unsafe or damaged."""
     try:
         with torch.serialization.safe_globals(NUMBERS):
             return torch.load(file, map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a damaged or malicious file makes torch.load raise
-        raise UserError(f"{file} can't be loaded ({type(error).__name__}): {hint}.") from None
+        raise UserError(f"{file} can't be loaded ({type(error).__name__}): give a file that torch.save "
+                        "wrote, or train under another --name.") from None
 
 
 def state_dicts(saved):
@@ -130,14 +130,20 @@ def state_dicts(saved):
             yield from state_dicts(value)
 
 
-def load_weights(model, saved, file):
-    """Load what a file held into a model: a state dict, or anything that has one in it.
+def load_model(file, name, device):
+    """The network of that name with the weights in a file: a state dict, or anything that has one in it.
 
     Raises UserError that names the first layer that does not fit.
     """
+    saved = load_file(file)
+    try:
+        config = Configuration.from_record({**saved['configuration'], 'model': name})
+    except Exception:  # only our own files tell the network's hyperparameters; else it is that of the slides
+        config = Configuration(name)
+    model = build_model(config, device)
     # The dict that has most of the model's names; of an optimizer's or a teacher's it has few.
-    wanted = model.state_dict().keys()
-    state = max(state_dicts(saved), key=lambda state: len(state.keys() & wanted), default={})
+    names = model.state_dict().keys()
+    state = max(state_dicts(saved), key=lambda state: len(state.keys() & names), default={})
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -145,13 +151,6 @@ def load_weights(model, saved, file):
         first = str(error).splitlines()[1].split(', "')[0].strip()
         raise UserError(f"{file} does not fit {type(model).__name__} ({first}): choose the --model that the "
                         "weights belong to.") from None
-
-
-def load_best(run, device):
-    """The network of a run with the weights of its early-stopping epoch."""
-    model = build_model(run.config, device)
-    file = run.folder / 'best.pt'
-    load_weights(model, load_file(file, "train the run again"), file)
     return model
 
 
@@ -168,15 +167,15 @@ def evaluate(model, data):
     images, labels = data.tensors
     logits = predict(model, images)
     correct = (logits.argmax(1) == labels).sum().item()
-    return F.cross_entropy(logits, labels).item(), correct / len(labels) * 100
+    return torch.nn.functional.cross_entropy(logits, labels).item(), correct / len(labels) * 100
 
 
 def evaluate_run(run, data_dir, device):
     """Recompute a run's accuracies from best.pt into evaluation.json, and draw its figures of images."""
     # The images that the run was validated on, and its weights
     config = run.config
-    train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, urls=())
-    model = load_best(run, device)
+    train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, ())
+    model = load_model(run.folder / 'best.pt', config.model, device)
 
     # What the model takes each of them for, and how sure it is
     images, labels = val_data.tensors
@@ -198,27 +197,16 @@ def evaluate_run(run, data_dir, device):
 # ----------------------------------------------------------------------------------------------------------
 # Figures
 
-# As the papers write them
-TITLES = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': 'ResNet-32'}
-
-# Ten colours that the colour-blind tell apart, each with a marker; the next ten curves are dashed.
+# Ten colours that the colour-blind tell apart; the next ten curves are dashed.
 style.use(['tableau-colorblind10', {'axes.titlesize': 'medium', 'figure.figsize': (5.5, 4.5),
                                     'figure.dpi': 130, 'figure.constrained_layout.use': True}])
-markers = cycler(marker=list('osD^vPX<>d'))
-rcParams['axes.prop_cycle'] = cycler(linestyle=['-', '--']) * (rcParams['axes.prop_cycle'] + markers)
+rcParams['axes.prop_cycle'] = cycler(linestyle=['-', '--']) * rcParams['axes.prop_cycle']
 
 
-def title(run):
-    """What figures and texts call a run's model; synthetic images are told apart from CIFAR-10."""
-    config = run.config
-    name = f'ResNet-{config.depth}' if config.model == 'resnet32' else TITLES[config.model]
-    return name if config.dataset == 'cifar10' else f"{name} (synthetic, NOT CIFAR-10)"
-
-
-def learning_rate_drops(run):
-    """The pairs of successive history rows between which the learning rate dropped by a step."""
-    return [(before, after) for before, after in pairwise(run.history)
-            if run.config.learning_rate_decay == 'step' and after['learning_rate'] < before['learning_rate']]
+def drop_epochs(run):
+    """The epochs after which the learning rate dropped by a step."""
+    return [before.epoch for before, after in pairwise(run.history)
+            if run.config.learning_rate_decay == 'step' and after.learning_rate < before.learning_rate]
 
 
 def save_figure(axes, file):
@@ -230,47 +218,33 @@ def save_figure(axes, file):
 
 
 def plot_accuracy(compared, heading, file, over='epoch'):
-    """Plot accuracy over epochs or seconds; of a single curve also where the learning rate dropped.
+    """Plot validation accuracy over epochs or seconds; of a single curve also what else there is to see.
 
     compared has the runs of each curve, which differ only in their seed, by its label.
     """
     axes = Figure().subplots()
     for label, runs in compared.items():
-        # Of each epoch that all seeds have, what is plotted of each seed: (epochs, seeds, 3)
-        values = np.array([[[row[over], row['train_accuracy'], row['val_accuracy']] for row in rows]
-                           for rows in zip(*(run.history for run in runs), strict=False)])
-        x, training, validation = values.mean(1).T
-        deviation = values[:, :, 2].std(1, ddof=len(runs) > 1)  # a single seed has none
-        # Validation with a band of one deviation, training thin, a star at the mean of early stopping
-        [line] = axes.plot(x, validation, label=label, markevery=0.1)
-        thin = dict(color=line.get_color(), linestyle=line.get_linestyle(), linewidth=0.6)
-        axes.fill_between(x, validation - deviation, validation + deviation, alpha=0.2, **thin)
-        axes.plot(x, training, marker='', **thin)
-        axes.plot(np.mean([run.best[over] for run in runs]), np.mean([run.accuracy for run in runs]),
-                  'k*', zorder=3)
-        drops = [after['epoch'] - 0.5 for _, after in learning_rate_drops(runs[0])]
-        if drops and len(compared) == 1:
-            axes.vlines(drops, 0, 1, 'grey', 'dotted', transform=axes.get_xaxis_transform(),
-                        label=f"learning rate × {runs[0].config.gamma:g}")
-    axes.set(xlabel=over, ylabel='accuracy (%)',
-             title=f"{heading}\nvalidation (thick), training (thin), early stopping (star)")
+        # The mean over the seeds with a band of one deviation, for the epochs that all of them have
+        values = np.array(list(zip(*(run.history for run in runs))))  # (epochs, seeds, columns)
+        mean = Epoch(*values.mean(1).T)
+        deviation = Epoch(*values.std(1, ddof=len(runs) > 1).T).val_accuracy  # a single seed has none
+        x, y = getattr(mean, over), mean.val_accuracy
+        axes.plot(x, y, label=label)
+        axes.fill_between(x, y - deviation, y + deviation, alpha=0.2)
+    # Of a single curve there is room for training, early stopping and drops of the learning rate.
     if len(compared) == 1:
+        axes.plot(x, mean.train_accuracy, 'C0-', linewidth=0.6, label='training')
+        best = Epoch(*np.mean([run.best for run in runs], 0))
+        axes.plot(getattr(best, over), best.val_accuracy, 'k*', label='early stopping')
         axes.set_ylim(0, 105)  # the settings are compared on one scale
+        drops = drop_epochs(runs[0])
+        if drops:
+            axes.vlines(drops, 0, 105, 'grey', 'dotted', label='the learning rate drops')
+    # Axes in whole numbers, and the legend below, where it hides no curve
+    axes.set(xlabel=over, ylabel='accuracy (%)', title=heading)
     axes.locator_params('x', integer=True)
     axes.grid(alpha=0.3)
-    axes.figure.legend(loc='outside lower center', ncols=2, fontsize='small')
-    save_figure(axes, file)
-
-
-def plot_early_stopping(compared, option_names, file):
-    """Plot the accuracies at early stopping, with bars of one deviation, of what plot_accuracy plots."""
-    axes = Figure().subplots()
-    for label, runs in compared.items():
-        accuracies = [run.accuracy for run in runs]
-        axes.errorbar(np.mean(accuracies), label, xerr=np.std(accuracies, ddof=len(runs) > 1), capsize=5)
-    axes.invert_yaxis()  # in the order of the table
-    axes.set(xlabel='validation accuracy at early stopping (%)', ylabel=option_names)
-    axes.grid(alpha=0.3)
+    axes.figure.legend(loc='outside lower center', ncols=3, fontsize='small')
     save_figure(axes, file)
 
 
@@ -283,33 +257,34 @@ def plot_confusion(run, labels, predicted):
     axes.imshow(count.sqrt().numpy(), cmap='Blues', alpha=0.5)
     axes.set_xticks(range(10), names, rotation=45, ha='right')
     axes.set_yticks(range(10), names)
-    axes.set(xlabel='predicted class', ylabel='true class', title=f"{title(run)}, validation images")
+    axes.set(xlabel='predicted class', ylabel='true class', title=f"{run.config.title}, validation images")
     # The numbers, but for the zeros
     for y, x in count.nonzero().tolist():
         axes.text(x, y, f'{count[y, x]}', ha='center', va='center', fontsize=8)
     save_figure(axes, run.folder / 'confusion.png')
 
 
-def plot_images(images, columns, heading, file):
-    """Plot uint8 images (N, 3, 32, 32) in rows, with a text below each column."""
-    grid = make_grid(images, nrow=len(columns), pad_value=255)  # with white borders of 2 pixels
-    axes = Figure(figsize=(grid.shape[2] / 30, grid.shape[1] / 30 + 1)).subplots()
-    axes.imshow(grid.permute(1, 2, 0).cpu().numpy())
-    axes.set_xticks(range(18, grid.shape[2], 34), columns, fontsize=8)  # the middle of each image
-    axes.set(yticks=[], title=heading)
-    save_figure(axes, file)
+def plot_images(run, name, images, columns, heading):
+    """Plot uint8 images (N, 3, 32, 32) in rows, with a text below each column, to <name>.png."""
+    grid = make_grid(images, nrow=len(columns), pad_value=255).cpu()  # with white borders of 2 pixels
+    _, height, width = grid.shape
+    axes = Figure(figsize=(width / 30, height / 30 + 1)).subplots()
+    axes.imshow(grid.permute(1, 2, 0).numpy())
+    axes.set_xticks(range(18, width, 34), columns, fontsize=8)  # the middle of each image
+    axes.set(yticks=[], title=f"{run.config.title}, {heading}")
+    save_figure(axes, run.folder / f'{name}.png')
 
 
 def plot_mistakes(run, images, labels, predicted, confidence):
     """Plot the validation images of which the model was surest and wrong, at most eight."""
     names = CLASSES[run.config.dataset]
-    # The wrong ones, the surest first
-    wrong = (predicted != labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True)][:8]
+    # The surest ones first, of these the wrong ones
+    surest = confidence.argsort(descending=True)
+    wrong = surest[(predicted != labels)[surest]][:8]
     texts = [f"{names[labels[i]]},\ntaken for\n{names[predicted[i]]}\n({confidence[i]:.0%} sure)"
              for i in wrong]
     if texts:
-        plot_images(images[wrong], texts, f"{title(run)}, its surest mistakes", run.folder / 'mistakes.png')
+        plot_images(run, 'mistakes', images[wrong], texts, "its surest mistakes")
 
 
 def plot_samples(run, images, labels):
@@ -320,11 +295,9 @@ def plot_samples(run, images, labels):
     copies = samples.repeat(3, 1, 1, 1)
     torch.manual_seed(0)  # the same figure each time
     augmented = crop_and_flip(copies, torch.randint(0, 9, (len(copies), 2)), torch.rand(len(copies)) < 0.5)
-    plot_images(torch.cat([samples, augmented]),
+    plot_images(run, 'samples', torch.cat([samples, augmented]),
                 [CLASSES[run.config.dataset][label] for label in classes],
-                f"{title(run)}, training images; below them crops and flips (augmentation "
-                f"{run.config.augmentation})",
-                run.folder / 'samples.png')
+                f"training images; below them crops and flips (augmentation {run.config.augmentation})")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -336,6 +309,8 @@ HTML_HEAD = """<!DOCTYPE html>
 body { font: 15px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; width: 100%; font-size: 13px }
 .small table { font-size: 11px }
+p.small { font-size: 12px; color: #555; margin: 4px 0 }
+pre { font-size: 11px; white-space: pre-wrap; margin: 4px 0 2em }
 td { border: 1px solid #888; padding: 4px; text-align: center }
 thead { background: #eee }
 h1 { margin: 0 }
@@ -351,18 +326,18 @@ figure { flex: 1 1 300px; margin: 8px 0 } img { max-width: 100% }
 @page { size: A4 landscape; margin: 1cm }
 @media print {
   body { font-size: 11px; margin: 0 } table { font-size: 9px } .small table { font-size: 8px }
-  table + h3 { break-before: page } /* each experiment on its own page */
+  pre + h3, p.small + h3 { break-before: page } /* each experiment on its own page */
   h2, h3 { break-after: avoid } img, figure, tr { break-inside: avoid }
-  img { max-height: 6.3cm } .small ~ .row img { max-height: 9cm }
+  img { max-height: 6.3cm } div.small ~ .row img { max-height: 9cm }
 }
 </style>
 """
 
 
 def read_runs(folder=RESULTS):
-    """The runs in a folder, the oldest first; those that can't be read are named and left out."""
+    """The runs in a folder, by name; those that can't be read are named and left out."""
     runs = []
-    for file in sorted(sorted(folder.glob('*/config.json')), key=os.path.getmtime):
+    for file in sorted(folder.glob('*/config.json')):
         try:
             runs.append(Run.read(file.parent))
         except UserError as error:
@@ -370,18 +345,16 @@ def read_runs(folder=RESULTS):
     return runs
 
 
-def by_config(runs):
-    """Lists of the runs that differ only in their seed, ordered by it, by their configuration.
+def group_seeds(runs):
+    """Lists of the runs that differ only in their seed, by their configuration.
 
-    A run that repeats an earlier one, with the same seed, is among the reruns of that one.
+    Those that repeat an earlier one are in the list `same` of that one, after itself.
     """
-    found = {}
+    groups = {}
     for run in runs:
-        seeds = found.setdefault(replace(run.config, seed=0), {})
-        first = seeds.setdefault(run.config.seed, run)
-        if first is not run:
-            first.reruns.append(run)
-    return {config: [seeds[seed] for seed in sorted(seeds)] for config, seeds in found.items()}
+        seeds = groups.setdefault(replace(run.config, seed=0), {})
+        seeds.setdefault(run.config.seed, run).same.append(run)
+    return {config: list(seeds.values()) for config, seeds in groups.items()}
 
 
 def read_text(file):
@@ -393,24 +366,24 @@ def read_text(file):
         return ''
 
 
-def mean_std(numbers, digits=2):
+def mean_std(numbers):
     """The mean of numbers as text, with the standard deviation where there are several."""
-    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.2f}{spread}"
 
 
 def minutes(runs):
     """The minutes that each run took, as text."""
-    return ', '.join(f"{run.last['seconds'] / 60:.1f}" for run in runs)
+    return ', '.join(f'{run.last.seconds / 60:.1f}' for run in runs)
 
 
 def setting_cells(runs):
     """The row of the slides' table, a dict by column, of runs that differ only in their seed."""
-    run, config = runs[0], runs[0].config
-    drops = ', '.join(f"{before['epoch']:.0f}" for before, _ in learning_rate_drops(run))
-    seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
+    run = runs[0]
+    config = run.config
+    drops = ', '.join(f'{epoch:.0f}' for epoch in drop_epochs(run))
     return {
-        'Model': title(run),
+        'Model': config.title,
         'GPU (O/X)': 'X' if run.machine.get('device') == 'cpu' else 'O',
         'Batch_size': config.batch_size,
         'Activation function': {'relu': 'ReLU', 'elu': 'ELU'}.get(config.activation, config.activation),
@@ -421,87 +394,58 @@ def setting_cells(runs):
         'Weight decay': config.weight_decay or 'X',
         'LR decay': f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay,
         'training time (m)': minutes(runs),
-        'Early stopping epoch': ', '.join(f"{run.best['epoch']:.0f}" for run in runs),
-        'Accuracy': f"{mean_std([run.accuracy for run in runs])} %{seeds}",
+        'Early stopping epoch': ', '.join(f'{run.best.epoch:.0f}' for run in runs),
+        'Accuracy': f"{mean_std([run.accuracy for run in runs])} %"
+                    f"{f' ({len(runs)} seeds)' if len(runs) > 1 else ''}",
     }
-
-
-def result_cells(runs):
-    """What came out of runs that differ only in their seed, a dict by column."""
-    model = build_model(runs[0].config, torch.device('cpu'))
-    return {
-        'Model': title(runs[0]),
-        'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
-        'Epochs': ', '.join(str(len(run.history)) for run in runs),
-        'Accuracy at early stopping (%)': mean_std([run.accuracy for run in runs]),
-        'In the last epoch (%)': mean_std([run.last['val_accuracy'] for run in runs]),
-        'On the training images, while training (%)': mean_std([run.last['train_accuracy'] for run in runs]),
-        'Minutes': minutes(runs),
-    }
-
-
-def compare_reruns(runs):
-    """A line on each rerun of runs that differ only in their seed: whether it gave the same again."""
-    accuracies = [run.accuracy for run in runs]
-    lines = ''
-    for first in runs:
-        for rerun in first.reruns:
-            difference = rerun.accuracy - first.accuracy
-            within = f"within two deviations of the seeds ({mean_std(accuracies)} %)"
-            if abs(difference) < 0.005:
-                verdict = "the same to the digit"
-            elif len(runs) == 1:
-                verdict = "with no other seed to compare"
-            else:
-                verdict = within if abs(difference) <= 2 * statistics.stdev(accuracies) else f"NOT {within}"
-            same = rerun.machine == first.machine
-            machine = "the same kind of machine" if same else "another kind of machine or precision"
-            lines += (f"{rerun.folder.name} repeats {first.folder.name}: {rerun.accuracy:.2f} % in "
-                      f"{len(rerun.history)} of {rerun.config.epochs} epochs, {difference:+.2f} points, "
-                      f"{verdict}, on {machine}.\n")
-    return lines
 
 
 def recomputed(run):
-    """What evaluate_run found, as text: whether the accuracy agrees, and that on the test images."""
+    """What evaluate_run found, as text: the accuracy, of held-out runs also that on the test images."""
     try:
-        found = json.loads((run.folder / 'evaluation.json').read_text(encoding='utf-8'))
-        # The two decimals that are printed
-        agrees = "agrees" if abs(found['accuracy'] - run.accuracy) < 0.005 else "DISAGREES"
-        test = f"; {found['test_accuracy']:.2f} % of the test images" if run.config.holdout else ""
-        return f"{found['accuracy']:.2f} %, {agrees}{test}"
+        found = json.loads((run.folder / 'evaluation.json').read_text())
+        return ' and '.join(f'{name} {value:.2f} %' for name, value in found.items())
     except Exception:  # it was not evaluated yet, or its record is damaged
         return "not yet"
 
 
-def protocol_cells(runs):
-    """How runs that differ only in their seed were measured, and what came out, a dict by column."""
+def result_cells(runs, columns=()):
+    """How runs that differ only in their seed were made and what came out, a dict by column.
+
+    The fields in columns have one of their own; the other options are those that differ from the setting's.
+    """
     config = runs[0].config
-    # As they are given on the command line
-    options = [f'{flag(name)} {str(getattr(config, name)).strip("()").replace(",", "")}'
-               for name in config.differences(SETTINGS[config.model])]
-    drops = [f"{before['val_accuracy']:.2f} % to {after['val_accuracy']:.2f} % at epoch {after['epoch']:.0f}"
-             for before, after in learning_rate_drops(runs[0])]
-    machines = [', '.join(f'{name} {value}' for name, value in run.machine.items()) for run in runs]
+    model = build_model(config, choose_device('cpu'))
     return {
-        **result_cells(runs),
-        'Machine': '; '.join(dict.fromkeys(machines)),  # each once
-        'Other options': ' '.join(options),
-        'Validated on': (f"{config.holdout:,} held-out training images" if config.holdout
-                         else "the test images, as on the slides"),
-        'The epoch after a drop of the learning rate': '; '.join(drops),
-        'Recomputed from the best weights; of held-out runs also on the test images':
-            ', '.join(map(recomputed, runs)),
-        'Reruns': compare_reruns(runs),
+        **{flag(name): as_given(getattr(config, name)) for name in columns},
+        'Model': config.title,
+        'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
+        'Other options': ' '.join(
+            f'{flag(name)} {as_given(getattr(config, name))}'
+            for name in config.differences(SETTINGS[config.model]) if name not in columns),
+        # Each machine once
+        'Machine': '; '.join(dict.fromkeys(', '.join(map(str, run.machine.values())) for run in runs)),
+        'Minutes': minutes(runs),
+        'Epochs': ', '.join(f'{len(run.history)}' for run in runs),
+        'Accuracy at early stopping': f'{mean_std([run.accuracy for run in runs])} %',
+        'In the last epoch': f'{mean_std([run.last.val_accuracy for run in runs])} %',
+        'On the training images, while training': f'{mean_std([run.last.train_accuracy for run in runs])} %',
+        'Recomputed from the best weights': ', '.join(map(recomputed, runs)),
+        'Reruns': ', '.join(
+            f'{rerun.folder.name} {rerun.accuracy:.2f} % ({rerun.accuracy - run.accuracy:+.2f})'
+            for run in runs for rerun in run.same[1:]),
     }
 
 
-def html_table(rows):
+def html_table(rows, hidden=()):
     """HTML of a table from its rows, dicts by column; each cell has its column as its title."""
-    header = {column: column for row in rows for column in row}
-    lines = [''.join(f'<td title="{escape(column)}">{escape(str(row.get(column, "")))}</td>'
-                     for column in header) for row in [header, *rows]]
-    return f"<table><thead><tr>{lines[0]}</tr></thead><tr>{'</tr><tr>'.join(lines[1:])}</tr></table>"
+    header = {column: column for row in rows for column in row if column not in hidden}
+
+    def html_row(row):
+        cells = (f'<td title="{escape(column)}">{escape(str(row.get(column, "")))}</td>' for column in header)
+        return f"<tr>{''.join(cells)}</tr>"
+
+    return f"<table><thead>{html_row(header)}</thead>{''.join(map(html_row, rows))}</table>"
 
 
 def html_picture(file):
@@ -512,61 +456,76 @@ def html_picture(file):
     return f"<figure><img src='data:image/png;base64,{data}'></figure>"
 
 
+def html_comparison(rows):
+    """HTML of a table with the columns in which the rows differ; what all share stands once below it."""
+    shared = [column for column in rows[0] if len(rows) > 1 and len({row[column] for row in rows}) == 1]
+    return f"""{html_table(rows, shared)}
+<p class="small">{escape('; '.join(f'{name}: {rows[0][name]}' for name in shared if rows[0][name]))}</p>"""
+
+
+def varied_fields(configs):
+    """The fields in which configurations of one model differ, and 'model' where there are several models."""
+    return [name for name in FIELDS
+            if any(getattr(one, name) != getattr(other, name) for one, other in combinations(configs, 2)
+                   if name == 'model' or one.model == other.model)]
+
+
 def experiment_section(folder):
-    """HTML on a group of runs: the text in its README.md, its figures, and a table of what differs."""
-    groups = by_config(read_runs(folder))
-    # The options whose values differ among the runs of one model; these values are the labels.
-    models = {config.model for config in groups}
-    names = [name for name in FIELDS if len({(config.model, getattr(config, name)) for config in groups})
-             > (1 if name == 'model' else len(models))]
-    compared = {}
-    for config in sorted(groups, key=lambda config: [getattr(config, name) for name in names]):
-        label = ', '.join(str(getattr(config, name)) for name in names)
-        compared[label or config.model] = groups[config]
-
-    option_names = ', '.join(names)
-    figures = [folder / 'accuracy.png']
-    plot_accuracy(compared, option_names, figures[-1])
-    if 'batch_size' in names:  # it decides how long an epoch takes
-        figures.append(folder / 'seconds.png')
-        plot_accuracy(compared, option_names, figures[-1], over='seconds')
-    figures.append(folder / 'early-stopping.png')
-    plot_early_stopping(compared, option_names, figures[-1])
+    """HTML on a group of runs: the text in its README.md, a figure, and a table of what differs."""
+    groups = group_seeds(read_runs(folder))
+    # A curve and a row for each combination of the options that vary, in their order
+    columns = varied_fields(groups)
+    order = sorted(groups, key=lambda config: [getattr(config, name) for name in columns])
+    compared = {', '.join(as_given(getattr(config, name)) for name in columns): groups[config]
+                for config in order}
+    heading = f"validation accuracy by {', '.join(columns)}"
+    plot_accuracy(compared, heading, folder / 'accuracy.png')
+    if 'batch_size' in columns:  # it decides how long an epoch takes
+        plot_accuracy(compared, heading, folder / 'seconds.png', over='seconds')
     heading, _, text = read_text(folder / 'README.md').strip().partition('\n')
-    return (f"<h3>{escape(heading.strip('# ') or folder.name)}</h3><p>{escape(text)}</p>"
-            f"<div class='row'>{''.join(map(html_picture, figures))}</div>"
-            + html_table([{option_names: label, **result_cells(runs)} for label, runs in compared.items()]))
+    text, _, commands = text.partition('\n\n    ')  # the commands are indented
+    return f"""
+<h3>{escape(heading.strip('# ') or folder.name)}</h3>
+<p>{escape(text)}</p>
+<div class="row">{html_picture(folder / 'accuracy.png')}{html_picture(folder / 'seconds.png')}</div>
+{html_comparison([result_cells(runs, columns) for runs in compared.values()]) if compared else ''}
+{f'<pre>    {escape(commands)}</pre>' if commands else ''}
+"""
 
 
-def write_report(runs):
-    """Write results/report.html, a single file with all figures inside, of a list of runs and all groups."""
-    RESULTS.mkdir(exist_ok=True)
-    # By model; first those with the options nearest to its setting, of 'cifar10' before 'synthetic'.
-    # The text of the configuration settles ties, so that the order is the same in every clone.
-    groups = by_config(runs)
-    order = sorted(groups, key=lambda config: (MODELS.index(config.model), config.dataset,
-                                               len(config.differences(SETTINGS[config.model])), str(config)))
+def report_order(config):
+    """By model; of each first what is nearest to its setting, and real images before synthetic ones."""
+    differences = config.differences(SETTINGS[config.model])
+    return MODELS.index(config.model), config.dataset, len(differences), str(config)
+
+
+def write_report():
+    """Write results/report.html, a single file with all figures inside, of all that is in results/."""
+    # The runs nearest to each setting are its row in the slides' table; all runs are in the last table.
+    groups = group_seeds(read_runs())
     shown, measured = {}, []
-    for config in order:
-        seeds = groups[config]
-        shown.setdefault(config.model, seeds)
-        measured.append({'Run': seeds[0].folder.name, **protocol_cells(seeds)})
-        plot_accuracy({'validation': seeds}, title(seeds[0]), seeds[0].folder / 'accuracy.png')
-    print(*(cells['Reruns'] for cells in measured), sep='', end='')
-    accuracies = ', '.join(f"{title(seeds[0])} {mean_std([run.accuracy for run in seeds])} %"
-                           for seeds in shown.values())
-    settings = [{'': f'Setting #{number}',
-                 **(setting_cells(shown[model]) if model in shown else {'Model': TITLES[model]})}
-                for number, model in enumerate(MODELS, 1)]
-    folders = [seeds[0].folder for seeds in shown.values()] or [RESULTS]
-    # The last one is of the deepest net.
-    confusion, samples, mistakes = [html_picture(folders[-1] / f'{name}.png')
-                                    for name in ('confusion', 'samples', 'mistakes')]
+    for config in sorted(groups, key=report_order):
+        runs = groups[config]
+        shown.setdefault(config.model, runs)
+        plot_accuracy({'validation': runs}, config.title, runs[0].folder / 'accuracy.png')
+        cells = {'Run': runs[0].folder.name, **result_cells(runs)}
+        measured.append(cells)
+        if cells['Reruns']:
+            print(f"{cells['Run']} was repeated: {cells['Reruns']}.")
+    settings = [{'': f'Setting #{MODELS.index(model) + 1}',
+                 **(setting_cells(shown[model]) if model in shown else {'Model': SETTINGS[model].title})}
+                for model in MODELS]
+    folders = [RESULTS, *(runs[0].folder for runs in shown.values())]
+    # The texts that people wrote, and the folders of folders with runs
     paragraphs = read_text(RESULTS / 'README.md').split('\n\n')
     experiments = sorted({file.parent.parent for file in RESULTS.glob('*/*/**/config.json')})
+    if not measured and not experiments:
+        raise UserError(f"There are no runs in {RESULTS.absolute()}: train one, or go where they are.")
+    # The pictures at the end are of the last one, the deepest net.
     atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}
 <h1>CIFAR-10 Evaluation Report</h1>
-<p>Validation accuracy: {accuracies} (of several seeds the mean ± standard deviation).</p>
+<p>Validation accuracy, of several seeds the mean ± standard deviation:
+{', '.join(f"{row['Model']} {row['Accuracy']}" for row in settings if 'Accuracy' in row)}</p>
 {html_table(settings)}
 <h2>Validation dataset accuracy plot</h2>
 <div class="row">{''.join(html_picture(folder / 'accuracy.png') for folder in folders)}</div>
@@ -575,10 +534,10 @@ def write_report(runs):
 {'<h2>Additional experiments</h2>' if experiments else ''}
 {''.join(map(experiment_section, experiments))}
 {'<h2>How the accuracies were measured</h2>' if measured else ''}
-{f'<div class="small">{html_table(measured)}</div>' if measured else ''}
-<div class="row">{confusion}{samples}</div>
-{mistakes}
-</html>
+{f'<div class="small">{html_comparison(measured)}</div>' if measured else ''}
+<div class="row">{html_picture(folders[-1] / 'confusion.png')}
+{html_picture(folders[-1] / 'samples.png')}</div>
+{html_picture(folders[-1] / 'mistakes.png')}</html>
 """.encode(errors='replace'))
 
 
@@ -603,36 +562,19 @@ def read_picture(file):
 
 def predict_pictures(names, run, device):
     """Print the class of each picture and its probability, by a run's best weights."""
-    model = load_best(run, device)
-    # Windows leaves it to the program to find the files that *.jpg means.
-    files = [file for name in names
-             for file in ([name] if os.path.exists(name) else sorted(glob(name)) or [name])]
-    for file in files:
-        try:
-            image = read_picture(file).to(device)
-        except FileNotFoundError:
-            print(f"{file}: missing")
-        except Exception as error:  # whatever a damaged file makes the decoders raise
-            print(f"{file}: not a picture that can be read ({error})")
-        else:
+    model = load_model(run.folder / 'best.pt', run.config.model, device)
+    for name in names:
+        # Windows leaves it to the program to find the files that *.jpg means.
+        for file in [name] if os.path.exists(name) else sorted(glob(name)) or [name]:
+            # One that can't be read is named, and the others go on.
+            try:
+                image = read_picture(file).to(device)
+            except Exception as error:  # it is missing, or damaged, whatever makes the decoders raise
+                print(f"{file}: not a picture that can be read ({error})")
+                continue
             probability, label = predict(model, image[None])[0].softmax(0).max(0)
             print(f"{file}: {CLASSES[run.config.dataset][label]}, {probability:.1%} sure "
-                  f"({title(run)}: {run.folder.name})")
-
-
-def evaluate_weights(options, device):
-    """Print the accuracy of --weights on the validation images."""
-    saved = load_file(options.weights, "give a file that torch.save(model.state_dict(), FILE) wrote")
-    try:
-        config = Configuration.from_record({**saved['configuration'], 'model': options.model})
-    except Exception:  # only our own files tell the network's hyperparameters; else it is that of the slides
-        config = Configuration(options.model)
-    model = build_model(config, device)
-    load_weights(model, saved, options.weights)
-    # The validation images of the slides
-    _, data = data_load(options.dataset, options.data_dir, device=device, urls=options.data_url)
-    print(f"{options.weights}: {evaluate(model, data)[1]:.2f} % of the {len(data):,} validation images of "
-          f"{options.dataset}")
+                  f"({run.config.title}: {run.folder.name})")
 
 
 def submit(name):
@@ -642,7 +584,7 @@ def submit(name):
     # Files of a date that a zip can't have get the nearest one.
     with zipfile.ZipFile(content, 'w', zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
         # In a folder of that name
-        for pattern in ('*.py', '*.md', '*.txt', '*.toml', 'LICENSE', 'dataset/*.py', 'tests/*.py'):
+        for pattern in '*.py *.md *.txt *.toml LICENSE dataset/*.py tests/*.py'.split():
             for part in sorted(root.glob(pattern)):
                 archive.write(part, name / part.relative_to(root))
         archive.write(RESULTS / 'report.html', Path(name, 'report.html'))
@@ -654,24 +596,43 @@ def submit(name):
 # The command
 
 
-def main(arguments=None):
-    parser = Parser("Write the figures and the report of the runs in results/.")
+def evaluate_and_report(runs, data_dir, device):
+    """Recompute the accuracies of runs from their weights, then write the report of all runs in results/."""
+    for run in runs:
+        try:
+            evaluate_run(run, data_dir, device)
+        except (UserError, OSError) as error:  # no images, or weights that can't be read
+            print_once(f"Not every run is evaluated: {error}")
+    write_report()
+    print(f"The report is {(RESULTS / 'report.html').absolute()}.")
+
+
+def main():
+    parser = Parser("""python CIFAR10_evaluation.py [OPTION VALUE ...]
+
+  Recompute the accuracies of all runs in results/ and write results/report.html:
+    python CIFAR10_evaluation.py
+  Print the class of any picture:
+    python CIFAR10_evaluation.py --predict cat.jpg dog.png""")
+    add_data_options(parser)
     parser.add_argument('--name', help="evaluate this run only, or ask it with --predict")
     parser.add_argument('--weights', metavar='FILE', help="print the accuracy of these weights")
     parser.add_argument('--model', choices=MODELS, default='resnet32', help="the network of --weights")
     parser.add_argument('--dataset', choices=CLASSES, default='cifar10', help="the images for --weights")
     parser.add_argument('--predict', nargs='+', metavar='FILE', help="print the class of each picture")
-    parser.add_argument('--submit', type=run_name, metavar='StudentID_Name', help="write a zip to hand in")
-    options = parser.parse_args(arguments)
+    parser.add_argument('--submit', type=path_of_run, metavar='StudentID_Name', help="write a zip to hand in")
+    options = parser.parse_args()
     if options.submit and Path(f'{options.submit}.zip').exists():
         raise UserError(f"{options.submit}.zip is there already: move it, or submit under another name.")
     device = choose_device()
     if options.weights:
-        return evaluate_weights(options, device)
+        model = load_model(options.weights, options.model, device)
+        _, data = data_load(options.dataset, options.data_dir, device=device, urls=options.data_url)
+        return print(f"{options.weights}: {evaluate(model, data)[1]:.2f} % of the {len(data):,} validation "
+                     f"images of {options.dataset}")
 
-    # The runs asked for
-    runs = read_runs()
-    asked = [Run.read(RESULTS / options.name)] if options.name else runs
+    # The runs asked for that have weights
+    asked = [Run.read(RESULTS / options.name)] if options.name else read_runs()
     trained = [run for run in asked if (run.folder / 'best.pt').exists()]
     if not trained and (options.name or options.predict):
         raise UserError(f"{RESULTS / (options.name or '')} has no run with weights: train one first.")
@@ -679,15 +640,7 @@ def main(arguments=None):
         # Synthetic images taught nothing about real ones.
         best = max(trained, key=lambda run: (run.config.dataset == 'cifar10', run.accuracy))
         return predict_pictures(options.predict, best, device)
-
-    # Figures and accuracies of each run, then the report
-    for run in trained:
-        try:
-            evaluate_run(run, options.data_dir, device)
-        except (UserError, OSError) as error:  # no images, or weights that can't be read
-            print_once(f"Not every run is evaluated: {error}")
-    write_report(runs)
-    print(f"The report is {RESULTS / 'report.html'}.")
+    evaluate_and_report(trained, options.data_dir, device)
     if options.submit:
         submit(options.submit)
 

@@ -2,64 +2,74 @@
 
 The run is kept in results/<name>/. Whatever ends it, the same command continues it after its last epoch.
 """
+import contextlib
 import io
+import itertools
 import math
 import os
 import shutil
 import sys
 import time
-from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-import CIFAR10_evaluation
 from CIFAR10_configuration import (
-    HISTORY,
     RESULTS,
     Configuration,
+    Epoch,
     Run,
     UserError,
+    as_given,
     atomic_write,
     flag,
-    lock,
     parse_configuration,
     print_once,
-    print_progress,
     run_script,
 )
-from CIFAR10_evaluation import build_model, choose_device, describe_machine, evaluate, load_file, read_runs
+from CIFAR10_evaluation import (
+    build_model,
+    choose_device,
+    describe_machine,
+    evaluate,
+    evaluate_and_report,
+    load_file,
+    read_runs,
+)
 from dataset import data_load, training_batches
 
-# torchrun tells each process its rank, its rank on this machine, and how many there are; alone it is 0 of 1.
+if os.name == 'nt':
+    import msvcrt
+else:
+    import fcntl
+
+# torchrun tells each process its rank, and how many there are; alone it is 0 of 1.
 RANK = int(os.environ.get('RANK', 0))
-LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))
 WORLD_SIZE = int(os.environ.get('WORLD_SIZE', 1))
 
 # ----------------------------------------------------------------------------------------------------------
-# Optimizer and schedule
+# Optimizer, schedule, early stopping
 
 
 def build_optimizer(model, config):
     """SGD with momentum or Adam over all weights, with the L2 penalty of weight decay."""
-    common = dict(weight_decay=config.weight_decay, fused=True)  # fused: all weights in one call
+    # fused: all weights in one call
+    common = dict(params=model.parameters(), weight_decay=config.weight_decay, fused=True)
     if config.optimizer == 'adam':
-        return torch.optim.Adam(model.parameters(), betas=(config.momentum, 0.999), **common)
+        return torch.optim.Adam(betas=(config.momentum, 0.999), **common)
     nesterov = config.optimizer == 'nesterov' and config.momentum > 0  # without momentum it is plain SGD
-    return torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=nesterov, **common)
+    return torch.optim.SGD(momentum=config.momentum, nesterov=nesterov, **common)
 
 
 def get_learning_rate(config, epoch):
     """The learning rate after so many epochs (float) of the whole training."""
     warmup = min(1, epoch / config.warmup) if config.warmup else 1
-    decay = 1
-    if config.learning_rate_decay == 'step':
-        # It drops between epochs, by gamma at each milestone passed.
-        decay = config.gamma ** sum(int(epoch) >= part * config.epochs for part in config.milestones)
-    if config.learning_rate_decay == 'cosine':
-        decay = (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+    # It drops between epochs, by gamma at each milestone passed.
+    passed = sum(int(epoch) >= part * config.epochs for part in config.milestones)
+    decay = {'step': config.gamma ** passed,
+             'cosine': (1 + math.cos(math.pi * epoch / config.epochs)) / 2,
+             'none': 1}[config.learning_rate_decay]
     return config.learning_rate * warmup * decay
 
 
@@ -71,147 +81,127 @@ def apply_max_norm(model, max_norm):
             weight.renorm_(2, 0, max_norm ** 0.5)
 
 
-def should_stop(config, history):
+def is_finished(run):
     """Whether all epochs are done, or `patience` of them after the last drop brought nothing better."""
-    if not history:
+    config, epochs = run.config, len(run.history)
+    if not run.history:
         return False
-    if len(history) == config.epochs:
-        return True
     # Patience counts from the last drop on, as every drop brings a better epoch.
-    last_drop = {'step': math.ceil(max(config.milestones) * config.epochs),
+    last_drop = {'step': max(config.milestones) * config.epochs,
                  'cosine': config.epochs,  # it falls to the end: no early stop
                  'none': 0}[config.learning_rate_decay]
-    best = max(history, key=lambda row: row['val_accuracy'])['epoch']
-    return len(history) - max(best, last_drop) >= config.patience
+    return epochs == config.epochs or epochs - max(run.best.epoch, last_drop) >= config.patience
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Checkpoint
 
 
-def save_checkpoint(run, model, optimizer):
-    """Write best.pt if the last epoch was the best one, the record, and last.pt."""
-    def save(name, **content):
-        buffer = io.BytesIO()
-        torch.save(dict(content, configuration=asdict(run.config)), buffer)
-        atomic_write(run.folder / name, buffer.getbuffer())
+def save(file, run, **content):
+    """Write a file for torch.load, whole or not at all, with the run's configuration."""
+    buffer = io.BytesIO()
+    torch.save(dict(content, configuration=vars(run.config)), buffer)
+    atomic_write(file, buffer.getbuffer())
 
+
+def save_checkpoint(run, model, optimizer):
+    """Write best.pt if the last epoch was the best one, the record, and last.pt, by process 0 for all."""
     if RANK > 0:
         return
     if run.history:
-        if run.best is run.last:  # the same row of the history
-            save('best.pt', epoch=len(run.history), model_state_dict=model.state_dict())
+        if run.best is run.last:
+            save(run.folder / 'best.pt', run, epoch=len(run.history), model_state_dict=model.state_dict())
         try:
             run.write()
         except UserError:  # a spreadsheet may have history.csv open
-            if should_stop(run.config, run.history):  # there is no later epoch to write it
+            if is_finished(run):  # there is no later epoch to write it
                 raise
             print_once(f"\nThe record in {run.folder} can't be written now, as another program may have it "
                        "open: training goes on, and tries it again after the next epoch.")
     # It comes last: if the program dies before it, this epoch is trained again and all is written again.
-    save('last.pt', history=run.history, model=model.state_dict(), optimizer=optimizer.state_dict())
+    save(run.folder / 'last.pt', run, history=[row._asdict() for row in run.history],
+         model=model.state_dict(), optimizer=optimizer.state_dict())
 
 
-def load_checkpoint(file, config):
-    """The content of last.pt, and whether its run is finished.
-
-    Raises UserError where it is damaged, or unfinished and of another configuration.
-    """
-    hint = "begin anew with --restart, which keeps what is there, or under another --name"
-    checkpoint = load_file(file, hint)
+def load_checkpoint(file):
+    """The content of last.pt, and the Run in it. Raises UserError where it is damaged."""
+    checkpoint = load_file(file)
     try:
-        old = Configuration.from_record(checkpoint['configuration'])
-        finished = should_stop(old, checkpoint['history'])
+        history = [Epoch(**row) for row in checkpoint['history']]
+        config = Configuration.from_record(checkpoint['configuration'])
+        return checkpoint, Run(file.parent, config, {}, history)
     except Exception:  # whatever the file of another program lacks
-        raise UserError(f"{file} is no checkpoint of this program: {hint}.") from None
-    changed = config.differences(old)
-    if changed and not finished:
-        name = changed[0]
-        raise UserError(f"{file.parent} is unfinished and was begun with {flag(name)} {getattr(old, name)}, "
-                        f"not {getattr(config, name)}: repeat its options to continue it, or {hint}.")
-    return checkpoint, finished
+        raise UserError(f"{file} is no checkpoint of this program: train under another --name.") from None
 
 
-def open_run(name, config, restart):
-    """The folder of the run to continue, or of a new one; its checkpoint or None; and the lock to hold.
+def find_run(name, config):
+    """The run to continue with what its last.pt holds, or a new one and None.
 
-    What is finished stays as it is: the new run goes to <name>-2, -3 ..., or with restart the old one does.
+    What is finished stays as it is: the new run goes to <name>-2, -3 ...
+    Raises UserError where an unfinished run has other options.
     """
-    def holds_run(folder):
-        return any((folder / file).exists() for file in ('config.json', 'best.pt', 'last.pt'))
-
-    folders = [RESULTS / name, *(RESULTS / f'{name}-{number}' for number in range(2, 1000))]
-    if restart and holds_run(folders[0]):
-        lock(folders[0] / 'lock').close()  # nobody is writing there
-        aside = next(folder for folder in folders if not folder.exists())
-        folders[0].rename(aside)
-        print(f"The run that was in {folders[0]} is now in {aside}.")
-    # The first folder that is new, or holds an unfinished run
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = lock(folder / 'lock')
+    for number in itertools.count(1):
+        folder = RESULTS / f'{name}-{number}'.removesuffix('-1')
         if (folder / 'last.pt').exists():
-            checkpoint, finished = load_checkpoint(folder / 'last.pt', config)
-            if not finished:
-                epoch = len(checkpoint['history']) + 1
-                print(f"Continuing {folder.relative_to(RESULTS)} at epoch {epoch} of {config.epochs}.")
-                return folder, checkpoint, held
-        elif not holds_run(folder):
-            if folder != folders[0]:
-                print(f"{folders[0]} holds a finished run, which stays: this one goes to {folder}.")
-            return folder, None, held
-        held.close()
+            checkpoint, run = load_checkpoint(folder / 'last.pt')
+            if is_finished(run):
+                continue
+            for changed in config.differences(run.config):
+                raise UserError(
+                    f"{folder} is unfinished and was begun with {flag(changed)} "
+                    f"{as_given(getattr(run.config, changed))}: repeat its options to continue it, or choose "
+                    "another --name.")
+            print(f"Continuing {folder.relative_to(RESULTS)} at epoch {len(run.history) + 1} of "
+                  f"{config.epochs}.")
+            return run, checkpoint
+        if not any((folder / file).exists() for file in ('config.json', 'best.pt')):
+            if number > 1:
+                print(f"{RESULTS / name} holds a finished run, which stays: this one goes to {folder}.")
+            return Run(folder, config, {}, []), None
 
 
-def resume(run, model, optimizer, checkpoint):
-    """Go on from a checkpoint, if there is one. Raises UserError where the disk has no room for the next."""
-    if checkpoint:
-        run.history = checkpoint['history']
-        model.load_state_dict(checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
-    # 4 bytes a weight: once in best.pt, up to three times in last.pt (Adam has two averages); old and new
-    needed = 32 * sum(p.numel() for p in model.parameters())
-    if RANK == 0 and shutil.disk_usage(run.folder).free < needed:
-        raise UserError(f"The disk of {run.folder} has too little room for two checkpoints: make some first.")
+@contextlib.contextmanager
+def lock(folder):
+    """Be the only process that writes in a folder, within a with block. A disk without locks lets all in.
+
+    Raises UserError where another process is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'lock', 'a') as file:  # the operating system unlocks it when the process ends, however
+        try:
+            if RANK > 0:
+                pass  # process 0 has it for all
+            elif os.name == 'nt':
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{folder} can't be used, as another process is writing there: wait for it, "
+                            "or choose another --name.") from None
+        except OSError:
+            pass  # the disk has no locks
+        yield
 
 
 # ----------------------------------------------------------------------------------------------------------
-# One epoch
+# What a training says
 
 
-def train_epoch(model, optimizer, data, config, epoch, autocast):
-    """Take the steps of an epoch, counted from 0. Returns training loss and accuracy in percent."""
-    model.train()
-    # Each epoch seeds itself: order, augmentation and dropout. So a run resumes with no random state saved.
-    seed = config.seed * 100_000 + epoch
-    torch.manual_seed(seed * 1000 + RANK)
-    batches = training_batches(data, config, seed, RANK, WORLD_SIZE)
-    steps = math.ceil(len(data) / config.batch_size)
-    began = time.time()
-    sums = torch.zeros(2, device=data.tensors[0].device)  # of the losses and of the correct answers
-    for step, (images, labels) in enumerate(batches, 1):
-        rate = get_learning_rate(config, epoch + (step - 1) / steps)
-        optimizer.param_groups[0]['lr'] = rate
+def print_progress(line, done=False):
+    """Rewrite the progress line on a terminal; elsewhere print the lines that are done."""
+    if sys.stdout.isatty():
+        # Padded, to hide a longer line before; cut while it changes, as a line that wraps can't be rewritten.
+        print(f'\r{line:79}' if done else f'\r{line:79.79}', end='\n' if done else '', flush=True)
+    elif done:
+        print(line, flush=True)
 
-        # Forward, backward, update
-        with autocast:
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if config.max_norm:
-            apply_max_norm(model, config.max_norm)
 
-        # The sums stay on the device and are read at every tenth step, as a GPU has to stop to be read.
-        sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
-        if step % 10 == 0 or step == steps:
-            total = sums.clone()  # all_reduce writes into it
-            if WORLD_SIZE > 1:
-                dist.all_reduce(total)
-            mean_loss, accuracy = (total / min(step * config.batch_size, len(data))).tolist()
-            print_step(config, epoch, step, steps, mean_loss, rate, time.time() - began)
-    return mean_loss, accuracy * 100
+def print_device(device):
+    """Print what the training runs on."""
+    print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device.type}")
+    if shutil.which('nvidia-smi') and not torch.version.cuda:
+        print(f"PyTorch {torch.__version__} is built without CUDA, so this machine's NVIDIA GPU is not used: "
+              "pytorch.org has the command that installs one with it.")
 
 
 class Diverged(UserError):
@@ -221,8 +211,8 @@ class Diverged(UserError):
 def check_loss(loss, where, rate):
     """Raise Diverged unless a loss is finite."""
     if not math.isfinite(loss):
-        raise Diverged(f"The loss is {loss} at {where}, learning rate {rate:.2g}: begin anew with --restart "
-                       "and a smaller --learning-rate; the best weights so far are kept.")
+        raise Diverged(f"The loss is {loss} at {where}, learning rate {rate:.2g}: train under another --name "
+                       "with a smaller --learning-rate; the best weights so far are kept.")
 
 
 def print_step(config, epoch, step, steps, loss, rate, seconds):
@@ -230,31 +220,59 @@ def print_step(config, epoch, step, steps, loss, rate, seconds):
     where = f"epoch {epoch + 1}/{config.epochs}  step {step}/{steps}"
     check_loss(loss, where, rate)
     minutes_left = seconds / step * (steps * (config.epochs - epoch) - step) / 60
-    print_progress(f"{where}  loss {loss:.3f}  learning rate {rate:.2g}  "
-                   f"{step * config.batch_size / seconds:,.0f} images/s  {minutes_left:.1f} min left")
+    print_progress(f"{where}  loss {loss:.3f}  {minutes_left:.0f} min left  learning rate {rate:.2g}  "
+                   f"{step * config.batch_size / seconds:,.0f} images/s")
+
+
+def print_epoch(run):
+    """Print the results of the last epoch and of the best one, and advice where nothing is learned."""
+    print_progress(f"epoch {run.last.epoch}/{run.config.epochs}  train loss {run.last.train_loss:.3f}  "
+                   f"validation accuracy {run.last.val_accuracy:.2f} %  best {run.accuracy:.2f} % "
+                   f"(epoch {run.best.epoch})", done=True)
+    if run.last.epoch >= 3 and max(row.train_accuracy for row in run.history[-3:]) < 11:
+        print_once("Three epochs were no better than chance, 10 %: usually a --learning-rate ten times "
+                   "smaller or larger helps, or --activation relu for MLP and LeNet-5.")
+
+
+def print_end(run):
+    """Print why the training ended and what came out."""
+    if run.last.epoch < run.config.epochs:
+        print(f"Stopped early: no epoch since number {run.best.epoch:.0f} was better.")
+    print(f"Best validation accuracy {run.accuracy:.2f} % at epoch {run.best.epoch:.0f}, after "
+          f"{run.last.seconds / 60:.1f} minutes; weights and history are in {run.folder.absolute()}.")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# One run
+# Precision, processes, images
 
 
-def use_bf16(precision, device):
-    """Whether to multiply in bf16: as --precision says, by default where the hardware does so natively."""
-    if precision != 'auto':
-        return precision == 'bf16'
+def choose_precision(name, device):
+    """'bf16' or 'fp32': as --precision says, by default bf16 where the hardware multiplies it natively."""
+    if name != 'auto':
+        return name
     if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = CIFAR10_evaluation.cpu_capabilities()
-    return device.type == 'cpu' and bool(cpu.get('avx512_bf16') or cpu.get('amx_bf16'))
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # PyTorch 2.10 and newer know; a CPU with AMX has this too.
+        native = getattr(torch.cpu, 'get_capabilities', dict)().get('avx512_bf16')
+    return 'bf16' if native else 'fp32'
+
+
+def from_process_0(value):
+    """The value that process 0 has, on every process."""
+    values = [value]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def load_images(config, options, device):
-    """data_load's training and validation images; on each machine one process fetches them for the others."""
-    if LOCAL_RANK > 0:
-        dist.barrier()
+    """data_load's training and validation images, which process 0 fetches before the others look for them."""
+    if RANK > 0:
+        from_process_0(None)  # wait for it
     data = data_load(config.dataset, options.data_dir, config.holdout, config.seed, device, options.data_url)
-    if LOCAL_RANK == 0 and WORLD_SIZE > 1:
-        dist.barrier()
+    if RANK == 0:
+        from_process_0(None)  # let the others go on
     if config.dataset != 'cifar10':
         print("These are synthetic images, NOT CIFAR-10.")
     print(f"Training images: {len(data[0]):,}\nValidation images: {len(data[1]):,}\n"
@@ -269,31 +287,42 @@ def load_images(config, options, device):
     return data
 
 
-def from_process_0(*values):
-    """The values that process 0 has, on every process."""
-    values = list(values)
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(values)
-    return values
+# ----------------------------------------------------------------------------------------------------------
+# Training
 
 
-def print_epoch(run):
-    """Print the results of the last epoch and of the best one, and advice where nothing is learned."""
-    last, best = run.last, run.best
-    print_progress(f"epoch {last['epoch']}/{run.config.epochs}  train loss {last['train_loss']:.3f}  "
-                   f"validation accuracy {last['val_accuracy']:.2f} %  best {best['val_accuracy']:.2f} % "
-                   f"(epoch {best['epoch']})", done=True)
-    if last['epoch'] >= 3 and max(row['train_accuracy'] for row in run.history[-3:]) < 11:
-        print_once("Three epochs were no better than chance, 10 %: usually a --learning-rate ten times "
-                   "smaller or larger helps, or --activation relu for MLP and LeNet-5.")
+def train_epoch(model, optimizer, data, config, epoch, autocast):
+    """Take the steps of an epoch, counted from 0. Returns training loss and accuracy in percent."""
+    model.train()
+    # Each epoch seeds itself: order, augmentation and dropout. So a run resumes with no random state saved.
+    seed = config.seed * 100_000 + epoch
+    torch.manual_seed(seed * 1000 + RANK)
+    steps = math.ceil(len(data) / config.batch_size)
+    began = time.time()
+    sums = torch.zeros(2, device=data.tensors[0].device)  # of the losses and of the correct answers
+    for step, (images, labels) in enumerate(training_batches(data, config, seed, RANK, WORLD_SIZE), 1):
+        rate = get_learning_rate(config, epoch + (step - 1) / steps)
+        optimizer.param_groups[0]['lr'] = rate
 
+        # Forward, backward, update
+        with autocast:
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if config.max_norm:
+            apply_max_norm(model, config.max_norm)
 
-def print_end(run):
-    """Print why the training ended and what came out."""
-    if run.last['epoch'] < run.config.epochs:
-        print(f"Stopped early: no epoch since number {run.best['epoch']} was better.")
-    print(f"Best validation accuracy {run.accuracy:.2f} % at epoch {run.best['epoch']}, after "
-          f"{run.last['seconds'] / 60:.1f} minutes; weights and history are in {run.folder}.")
+        # What follows only watches. A GPU has to stop to be read, so it is read at every tenth step.
+        sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        if step % 10 == 0 or step == steps:
+            total = sums.clone()  # all_reduce writes into it
+            if WORLD_SIZE > 1:
+                dist.all_reduce(total)
+            mean_loss, accuracy = (total / min(step * config.batch_size, len(data))).tolist()
+            print_step(config, epoch, step, steps, mean_loss, rate, time.time() - began)
+    return mean_loss, accuracy * 100
 
 
 def train(name, config, options, device):
@@ -306,61 +335,36 @@ def train(name, config, options, device):
     model = build_model(config, device)
     optimizer = build_optimizer(model, config)
 
-    # Resume: process 0 finds the run's folder and checkpoint, and tells the others.
-    # The lock is held until this function returns.
-    folder, checkpoint, _held = open_run(name, config, options.restart) if RANK == 0 else [None] * 3
-    folder, checkpoint = from_process_0(folder, checkpoint)
-    bf16 = use_bf16(options.precision, device)
-    machine = dict(describe_machine(device), precision='bf16' if bf16 else 'fp32')
-    run = Run(folder, config, machine, [])
-    resume(run, model, optimizer, checkpoint)
+    # The run's folder, which process 0 finds for all; an unfinished run goes on from its checkpoint
+    run, checkpoint = from_process_0(find_run(name, config) if RANK == 0 else None)
+    precision = choose_precision(options.precision, device)
+    run.machine = describe_machine(device, precision)
+    if checkpoint:
+        model.load_state_dict(checkpoint['model'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
 
     # Speed: training_model shares its weights with model, which is saved, and validated in float32.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    training_model = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')
+    training_model = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     if options.compile:
         # One graph for the batches and one for the last, smaller one; on a GPU each starts as a whole.
         training_model = torch.compile(training_model, dynamic=False, mode='reduce-overhead')
 
     # Epochs, up to the last one or early stopping; the clock goes on where the run was interrupted.
-    began = time.time() - (run.last['seconds'] if run.history else 0)
-    save_checkpoint(run, model, optimizer)  # a folder that can't be written fails here, before any training
-    while not should_stop(config, run.history):
-        train_results = train_epoch(training_model, optimizer, train_data, config, len(run.history), autocast)
-        # All go by the results of process 0, as batch norm's running means differ a little.
-        results = from_process_0(len(run.history) + 1, optimizer.param_groups[0]['lr'], *train_results,
-                                 *evaluate(model, val_data), time.time() - began)
-        row = dict(zip(HISTORY, results, strict=True))
-        check_loss(row['val_loss'], f"the validation of epoch {row['epoch']}", row['learning_rate'])
-        run.history.append(row)
-        save_checkpoint(run, model, optimizer)
-        print_epoch(run)  # what is printed is saved
+    began = time.time() - (run.last.seconds if run.history else 0)
+    with lock(run.folder):
+        save_checkpoint(run, model, optimizer)  # a folder that can't be written fails before any training
+        while not is_finished(run):
+            learned = train_epoch(training_model, optimizer, train_data, config, len(run.history), autocast)
+            # From process 0, as batch norm's running means differ a little between processes
+            row = from_process_0(Epoch(len(run.history) + 1, optimizer.param_groups[0]['lr'], *learned,
+                                       *evaluate(model, val_data), time.time() - began))
+            check_loss(row.val_loss, f"the validation of epoch {row.epoch}", row.learning_rate)
+            run.history.append(row)
+            save_checkpoint(run, model, optimizer)
+            print_epoch(run)  # what is printed is saved
     print_end(run)
     return run
-
-
-# ----------------------------------------------------------------------------------------------------------
-# A group of runs
-
-
-def train_group(configs, options, device):
-    """Train the runs of a group, but those that are finished. Returns the best one."""
-    # Of equal ones the oldest counts, which is the last to enter the dict.
-    found = reversed(read_runs((RESULTS / next(iter(configs))).parent))
-    [finished] = from_process_0({run.config: run for run in found if should_stop(run.config, run.history)})
-    runs = []
-    for name, config in configs.items():
-        if config in finished and not options.restart:
-            print(f"{name} is finished.")
-            runs.append(finished[config])
-            continue
-        try:
-            runs.append(train(name, config, options, device))
-        except Diverged as error:  # the others may learn
-            print(f"{name}: {error}")
-    if not runs:
-        raise UserError("Every run diverged: choose smaller learning rates.")
-    return max(runs, key=lambda run: run.accuracy)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -374,27 +378,35 @@ def main():
         dist.init_process_group()
     if RANK > 0:
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one speaks for all
-    print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device.type}")
-    if shutil.which('nvidia-smi') and not torch.version.cuda:
-        print(f"PyTorch {torch.__version__} is built without CUDA, so this machine's NVIDIA GPU is not used: "
-              "pytorch.org has the command that installs one with it.")
-    try:
-        name, config = next(iter(configs.items()))
-        if '/' in name:
-            run = train_group(configs, options, device)
-        else:
-            run = train(name, config, options, device)
-    except KeyboardInterrupt:
-        print("\nInterrupted: the finished epochs are kept, and the same command continues after them.")
-        raise
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise UserError(f"--compile failed ({type(error).__name__}): leave it out.") from None
+    print_device(device)
+
+    # The finished runs of the group, if it is one, by their configuration
+    group = (RESULTS / next(iter(configs))).parent
+    found = read_runs(group) if group != RESULTS else []
+    finished = from_process_0({run.config: run for run in found if is_finished(run)})
+
+    # The others are trained, also where one of a group diverges.
+    runs = []
+    for name, config in configs.items():
+        if config in finished:
+            print(f"{name} is finished.")
+            runs.append(finished[config])
+            continue
+        try:
+            runs.append(train(name, config, options, device))
+        except Diverged as error:
+            if group == RESULTS:
+                raise
+            print(f"{name}: {error}")
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(f"--compile failed ({type(error).__name__}): leave it out.") from None
+    if not runs:
+        raise UserError("Every run diverged: choose smaller learning rates.")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        trained = (run.folder / 'best.pt').exists()  # a committed run of a group may lack its weights
-        only = ['--name', str(run.folder.relative_to(RESULTS))] if trained else []
-        CIFAR10_evaluation.main([*only, '--data-dir', options.data_dir])
+        best = max(runs, key=lambda run: run.accuracy)
+        evaluate_and_report([best], options.data_dir, device)
 
 
 if __name__ == '__main__':

@@ -86,8 +86,7 @@ class PlainBlock(ResidualBlock):
 
     def forward(self, x):
         x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        return x
+        return self.relu(self.bn2(self.conv2(x)))
 
 
 BLOCKS = {'residual': ResidualBlock, 'projection': ProjectionBlock, 'plain': PlainBlock}
@@ -118,19 +117,16 @@ class ResNet(nn.Module):
         self.pool = nn.AvgPool2d(8, stride=1)
         self.fc_out = nn.Linear(64, num_classes)
 
+        # Batch norm starts with weight 1 and bias 0 by itself.
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
-            if isinstance(m, nn.BatchNorm2d):
-                nn.init.constant_(m.weight, 1)
-                nn.init.constant_(m.bias, 0)
 
     def get_layers(self, block, in_channels, out_channels, stride):
         """num_layers blocks in a row; the first one changes the shape where stride is 2."""
-        layers_list = [block(in_channels, out_channels, stride, down_sample=stride == 2)]
-        for _ in range(self.num_layers - 1):
-            layers_list.append(block(out_channels, out_channels))
-        return nn.Sequential(*layers_list)
+        first = block(in_channels, out_channels, stride, down_sample=stride == 2)
+        others = (block(out_channels, out_channels) for _ in range(self.num_layers - 1))
+        return nn.Sequential(first, *others)
 
     def forward(self, x):
         x = self.conv1(x)

@@ -16,7 +16,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 # The names of the classes 0 to 9; CIFAR-10's are spelled as on the slides.
 CLASSES = {
-    'cifar10': ('plane', 'car', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+    'cifar10': 'plane car bird cat deer dog frog horse ship truck'.split(),
     'synthetic': synthetic.CLASSES
 }
 
@@ -44,7 +44,7 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
         if dataset == 'synthetic':
             images, labels = synthetic.generate(train)
         else:
-            images, labels = read_cifar10(Path(data_dir), train, urls)
+            images, labels = read_cifar10(data_dir, train, urls)
         return TensorDataset(images.to(device), labels.to(device))
 
     data = read(train=True)
@@ -52,8 +52,8 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
         return data, read(train=False)
     if holdout >= len(data):
         raise UserError(f"--holdout {holdout} leaves none of {len(data)} training images: choose fewer.")
+    # The numbers of the images in random order, sorted by class: a row for each class
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(device)
-    # The numbers of the images, a row for each class
     by_class = order[data.tensors[1][order].argsort(stable=True)].view(10, -1)
     order = by_class.T.flatten()  # one image of each class in turn
     return TensorDataset(*data[order[holdout:]]), TensorDataset(*data[order[:holdout]])
@@ -61,8 +61,9 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
 
 def read_cifar10(data_dir, train, urls):
     """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,), fetched unless their MD5 sums are right."""
-    if data_dir.absolute().name == CIFAR10.base_folder:  # torchvision wants the folder around it
-        data_dir = data_dir.absolute().parent
+    data_dir = Path(data_dir).absolute()
+    if data_dir.name == CIFAR10.base_folder:  # torchvision wants the folder around it
+        data_dir = data_dir.parent
     try:
         data = CIFAR10(data_dir, train=train)
     except RuntimeError:  # torchvision: not there, or damaged
@@ -81,7 +82,8 @@ def crop_and_flip(images, offsets, flips):
     """
     # A view of every possible crop (N, 3, top, left, 32, 32), of which one is taken for each image
     crops = F.pad(images, [4] * 4).unfold(2, 32, 1).unfold(3, 32, 1)
-    images = crops[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
+    top, left = offsets.T
+    images = crops[torch.arange(len(images), device=images.device), :, top, left]
     return torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
 
 
@@ -96,7 +98,7 @@ def normalize(images, standardization='on'):
 
     With standardization 'off' it is ToTensor alone: values from 0 to 1.
     """
-    images = images.float().div_(255)
+    images = images / 255
     if standardization == 'on':
         mean, std = mean_and_std(images.device)
         images.sub_(mean).div_(std)
@@ -111,9 +113,10 @@ def training_batches(data, config, seed, rank=0, world_size=1):
     """
     images, labels = data.tensors
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator).to(images.device)
-    offsets = torch.randint(0, 9, (len(images), 2), generator=generator).to(images.device)
-    flips = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    count = len(images)
+    order = torch.randperm(count, generator=generator).to(images.device)
+    offsets = torch.randint(0, 9, (count, 2), generator=generator).to(images.device)
+    flips = (torch.rand(count, generator=generator) < 0.5).to(images.device)
     for batch in order.split(config.batch_size):
         i = batch[rank::world_size]
         chosen = images[i]

@@ -3,12 +3,12 @@
 import contextlib
 import csv
 import functools
-import gc
 import hashlib
 import importlib
 import io
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -34,44 +34,33 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-def process(folder, name, *options):
-    """Run a script in a folder as a user does; returns the finished process."""
-    return subprocess.run(
-        [sys.executable, ROOT / name, *map(str, options)],
-        cwd=folder,
-        text=True,
-        encoding='utf-8',
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=600,
-    )
+def process(folder, command, **options):
+    """Run a script in a folder as a user does: 'CIFAR10_train.py --model mlp'. Returns the process."""
+    name, *arguments = shlex.split(command)
+    return subprocess.run([sys.executable, ROOT / name, *arguments], cwd=folder, text=True, encoding='utf-8',
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=600, **options)
 
 
-def script(folder, name, *options):
+def script(folder, command):
     """The same within this process, for a new one takes seconds to import PyTorch."""
-    module, output, errors = importlib.import_module(Path(name).stem), io.StringIO(), io.StringIO()
-    code = 0
+    name, *arguments = shlex.split(command)
+    module, output, errors, code = importlib.import_module(Path(name).stem), io.StringIO(), io.StringIO(), 0
     print_once.cache_clear()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(errors),
-    ):
+    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output),
+          contextlib.redirect_stderr(errors)):
         patch.chdir(folder)
-        patch.setattr(sys, 'argv', [name, *map(str, options)])
+        patch.setattr(sys, 'argv', [name, *arguments])
         try:
             run_script(module.main)
         except SystemExit as end:
             code = end.code
-    gc.collect()  # a refused run's lock ends with its objects here, with its process else
     return subprocess.CompletedProcess(sys.argv, code, output.getvalue(), errors.getvalue())
 
 
 def after_first_epoch(folder, command):
-    """Start a training and return its process as soon as it has printed its first epoch."""
-    training = subprocess.Popen(
-        list(map(str, command)), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    """Start a training (a list of words) and return its process as soon as it has printed its first epoch."""
+    training = subprocess.Popen(command, cwd=folder, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in training.stdout:
         if line.startswith('epoch 1/'):
             break
@@ -82,7 +71,7 @@ class Killed(BaseException):
     """Ends a training where it stands, as a kill does: nothing in the program catches it."""
 
 
-def killed(moment, folder, *options):
+def killed(moment, folder, options):
     """Train, and be killed at that moment: a step's or a validation's loss, a write's flush or its renaming.
 
     Returns whether it was killed; a moment after the end lets the training finish. It is not evaluated.
@@ -96,17 +85,15 @@ def killed(moment, folder, *options):
             if left == 0:
                 raise Killed
             return function(*arguments, **keywords)
-
         return call
 
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((F, 'cross_entropy'), (os, 'fsync'), (os, 'replace')):
             patch.setattr(module, name, dies(getattr(module, name)))
-        patch.setattr('CIFAR10_evaluation.main', lambda _: None)
+        patch.setattr('CIFAR10_train.evaluate_and_report', lambda *_: None)
         try:
-            done = script(folder, 'CIFAR10_train.py', *options)
+            done = script(folder, f'CIFAR10_train.py {options}')
         except Killed:
-            gc.collect()
             return True
         assert done.returncode == 0, done.stderr
         return False
@@ -117,14 +104,11 @@ def assert_same_run(a, b):
     states = []
     for folder in a, b:
         last, best = (torch.load(folder / name, weights_only=True) for name in ('last.pt', 'best.pt'))
-        tensors = {
-            **last['model'],
-            **{f'best {name}': tensor for name, tensor in best['model_state_dict'].items()},
-        }
+        tensors = {**last['model'],
+                   **{f'best {name}': tensor for name, tensor in best['model_state_dict'].items()}}
         for number, state in last['optimizer']['state'].items():
-            tensors.update(
-                {f'{number} {name}': torch.as_tensor(v) for name, v in state.items() if v is not None}
-            )
+            tensors.update({f'{number} {name}': torch.as_tensor(value)
+                            for name, value in state.items() if value is not None})
         states.append((tensors, best['epoch'], [{**row, 'seconds': None} for row in rows(folder)]))
     (tensors, *others), (tensors_b, *others_b) = states
     assert others == others_b and tensors.keys() == tensors_b.keys()
@@ -150,21 +134,12 @@ def trained(tmp_path_factory):
     ResNet-32 saw 100 of them only, as it takes its time.
     """
     folder, output = tmp_path_factory.mktemp('trained'), {}
-    for model, options in dict(mlp=['--hidden', 64], lenet5=[], resnet32=['--batch-size', 10]).items():
+    for model, options in dict(mlp='--hidden 64', lenet5='', resnet32='--batch-size 10').items():
         with pytest.MonkeyPatch.context() as patch:
             if model == 'resnet32':
                 use_few_images(patch)
-            done = script(
-                folder,
-                'CIFAR10_train.py',
-                '--model',
-                model,
-                '--dataset',
-                'synthetic',
-                '--epochs',
-                2,
-                *options,
-            )
+            done = script(folder,
+                          f'CIFAR10_train.py --model {model} --dataset synthetic --epochs 2 {options}')
         assert done.returncode == 0, done.stderr
         output[model] = done.stdout
     return folder, output
@@ -176,13 +151,11 @@ def small_cifar10(tmp_path, monkeypatch):
     folder, rng = tmp_path / 'images' / 'cifar-10-batches-py', np.random.default_rng(0)
     folder.mkdir(parents=True)
     for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
-        batch = {
-            'data': rng.integers(0, 256, (20, 3072), dtype=np.uint8),
-            'labels': [i % 10 for i in range(20)],
-        }
+        images = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+        batch = {'data': images, 'labels': [i % 10 for i in range(20)]}
         (folder / name).write_bytes(pickle.dumps(batch))
     (folder / 'batches.meta').write_bytes(pickle.dumps({'label_names': list('abcdefghij')}))
-    archive = folder.parent / download.ARCHIVE
+    archive = folder.parent / CIFAR10.filename
     with tarfile.open(archive, 'w:gz') as tar:
         tar.add(folder, folder.name)
 
@@ -190,10 +163,9 @@ def small_cifar10(tmp_path, monkeypatch):
         return hashlib.md5(file.read_bytes()).hexdigest()
 
     for attribute in ('train_list', 'test_list'):
-        monkeypatch.setattr(
-            CIFAR10, attribute, [[name, md5(folder / name)] for name, _ in getattr(CIFAR10, attribute)]
-        )
+        monkeypatch.setattr(CIFAR10, attribute,
+                            [[name, md5(folder / name)] for name, _ in getattr(CIFAR10, attribute)])
     monkeypatch.setattr(CIFAR10, 'meta', {**CIFAR10.meta, 'md5': md5(folder / 'batches.meta')})
     monkeypatch.setattr(CIFAR10, 'tgz_md5', md5(archive))
-    monkeypatch.setattr(download, 'SIZE', archive.stat().st_size)
+    monkeypatch.setattr(download, 'SHA256', hashlib.sha256(archive.read_bytes()).hexdigest())
     return folder.parent

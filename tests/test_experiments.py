@@ -1,205 +1,155 @@
 """Groups of runs: several values of an option, and the section that the report makes of them."""
-
 import html
 import os
 import re
 import shutil
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
-import matplotlib.axes
 import numpy as np
 import pytest
-from conftest import rows, script
+from conftest import rows, script, use_few_images
 
 import CIFAR10_evaluation
-import CIFAR10_train
-from CIFAR10_configuration import HISTORY, SETTINGS, Configuration, Run, UserError
+from CIFAR10_configuration import SETTINGS, Epoch, Run
 
-SMALL = ['CIFAR10_train.py', '--model', 'mlp', '--hidden', 8, '--dataset', 'synthetic', '--epochs', 2]
+SMALL = 'CIFAR10_train.py --model mlp --hidden 8 --dataset synthetic --epochs 2'
+ACT = f'{SMALL} --batch-size 10 --name act --activation tanh relu --seed 0 1'
 
 
 def section(folder, heading):
-    """A section of the report as its text, its number of figures, and its table as dicts by column."""
+    """A section of the report: text, number of figures, the table as dicts by column, what its rows share."""
     report = (folder / 'results' / 'report.html').read_text(encoding='utf-8')
     [part] = re.findall(f'<h3>{heading}</h3>(.*?)(?=<h[23]>|</html>)', report, re.DOTALL)
-    lines = [
-        [html.unescape(cell) for cell in re.findall('<td title=".*?">(.*?)</td>', line)]
-        for line in re.findall('<tr>(.*?)</tr>', part)
-    ]
-    return (
-        re.search('<p>(.*?)</p>', part, re.DOTALL)[1],
-        part.count('<img '),
-        [dict(zip(lines[0], line, strict=True)) for line in lines[1:]],
-    )
+    header, *lines = [[html.unescape(cell) for cell in re.findall('<td title=".*?">(.*?)</td>', line)]
+                      for line in re.findall('<tr>(.*?)</tr>', part)]
+    text, shared = re.search('<p>(.*?)</p>.*<p class="small">(.*?)</p>', part, re.DOTALL).groups()
+    return SimpleNamespace(text=text.strip(), figures=part.count('<img '), shared=html.unescape(shared),
+                           rows=[dict(zip(header, line, strict=True)) for line in lines])
 
 
 @pytest.fixture(scope='module')
 def group(tmp_path_factory):
-    """A group of two activations with two seeds each, and the output of its training."""
+    """A folder with a group of two activations with two seeds each."""
     folder = tmp_path_factory.mktemp('group')
-    done = script(folder, *SMALL, '--name', 'act', '--activation', 'tanh', 'relu', '--seed', 0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        use_few_images(patch)
+        done = script(folder, ACT)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder
 
 
-def test_two_runs_under_one_name_become_a_section_that_compares_them(group):
-    folder = group[0]
-    (folder / 'results' / 'act' / 'README.md').write_text('# ReLU is <better>\n\nBy far.', encoding='utf-8')
-    assert script(folder, 'CIFAR10_evaluation.py').returncode == 0
-    text, figures, table = section(folder, 'ReLU is &lt;better&gt;')
-    assert text.strip() == 'By far.' and figures == 2
-    assert [row['activation'] for row in table] == ['relu', 'tanh']  # what differs, but for the seed
-    for row in table:
-        seeds = [rows(folder / 'results' / 'act' / f"{row['activation']}-{seed}") for seed in (0, 1)]
-        values = {
-            'Accuracy at early stopping (%)': [max(float(r['val_accuracy']) for r in run) for run in seeds],
-            'In the last epoch (%)': [float(run[-1]['val_accuracy']) for run in seeds],
-            'On the training images, while training (%)': [float(run[-1]['train_accuracy']) for run in seeds],
-        }
+@pytest.fixture
+def copied(group, tmp_path):
+    """A copy of that group, to be changed."""
+    shutil.copytree(group / 'results', tmp_path / 'results')
+    return tmp_path
+
+
+def test_two_runs_under_one_name_become_a_section_that_compares_them(copied):
+    (copied / 'results' / 'act' / 'README.md').write_text('# ReLU is <better>\n\nBy far.', encoding='utf-8')
+    assert script(copied, 'CIFAR10_evaluation.py').returncode == 0
+    found = section(copied, 'ReLU is &lt;better&gt;')
+    assert found.text == 'By far.' and found.figures == 1
+    assert [row['--activation'] for row in found.rows] == ['relu', 'tanh']  # what differs, but for the seed
+    for row in found.rows:
+        name = row['--activation']
+        seeds = [Run.read(copied / 'results' / 'act' / f'{name}-{seed}').history for seed in (0, 1)]
+        values = {'Accuracy at early stopping': [max(epoch.val_accuracy for epoch in seed) for seed in seeds],
+                  'In the last epoch': [seed[-1].val_accuracy for seed in seeds],
+                  'On the training images, while training': [seed[-1].train_accuracy for seed in seeds]}
         for column, numbers in values.items():
-            mean, deviation = map(float, row[column].split(' ± '))
+            mean, deviation = map(float, re.fullmatch(r'([\d.]+) ± ([\d.]+) %', row[column]).groups())
             assert mean == pytest.approx(statistics.mean(numbers), abs=0.006)
             assert deviation == pytest.approx(statistics.stdev(numbers), abs=0.006)
-        assert row['Model'] == 'MLP (synthetic, NOT CIFAR-10)'
-        assert row['Parameters'] == f'{(3072 + 1) * 8 + 2 * 8 + (8 + 1) * 10:,}' and row['Epochs'] == '2, 2'
+    parameters = (3072 + 1) * 8 + 2 * 8 + (8 + 1) * 10
+    for text in ('Model: MLP (synthetic, NOT CIFAR-10)', f'Parameters: {parameters:,}', 'Epochs: 2, 2'):
+        assert text in found.shared.split('; ')
 
 
-def test_a_group_without_a_text_is_called_by_its_name(group):
-    (group[0] / 'results' / 'act' / 'README.md').unlink(missing_ok=True)
-    script(group[0], 'CIFAR10_evaluation.py')
-    assert section(group[0], 'act')[0] == ''
-
-
-def test_a_group_goes_on_where_it_was(group):
-    folder = group[0] / 'results' / 'act'
+def test_a_group_goes_on_where_it_was_and_is_finished_by_its_records_alone(copied, few_images):
+    folder = copied / 'results' / 'act'
     before = {file: file.read_bytes() for file in folder.glob('*/*.pt')}
     (folder / 'relu-1' / 'history.csv').write_text('damaged')
-    (folder / 'relu-0' / 'last.pt').unlink()  # as where only records were committed
-    command = [*SMALL, '--name', 'act', '--activation', 'tanh', 'relu', '--seed', 0, 1]
-    again = script(group[0], *command)
+    again = script(copied, ACT)
     assert again.returncode == 0 and again.stdout.count('epoch 2/2') == 1, again.stderr
     assert again.stdout.count('relu-1 holds no readable run') == 1 and 'act/relu-1-2' in again.stdout
     assert again.stdout.count(' is finished.') == 3
-    again = script(group[0], *command[:-4], 'relu', 'tanh', '--seed', 1, 0)  # in another order
+    again = script(copied, ACT.replace('tanh relu --seed 0 1', 'relu tanh --seed 1 0'))  # in another order
     assert again.returncode == 0 and again.stdout.count(' is finished.') == 4, again.stderr
     kept = {file: content for file, content in before.items() if file.parent.name != 'relu-1'}
-    del kept[folder / 'relu-0' / 'last.pt']
-    assert len(kept) == 5 and kept == {file: file.read_bytes() for file in kept}
-    shutil.rmtree(folder / 'relu-1')
-    (folder / 'relu-1-2').rename(folder / 'relu-1')
-
-
-def test_a_group_of_records_alone_is_finished_and_reported(group, tmp_path):
-    source = group[0] / 'results' / 'act'
-    for file in source.glob('*-0/*.*'):
-        if file.suffix in ('.json', '.csv'):
-            (tmp_path / 'results' / 'act' / file.parent.name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, tmp_path / 'results' / 'act' / file.parent.name)
-    done = script(tmp_path, *SMALL, '--name', 'act', '--activation', 'tanh', 'relu')
-    assert done.returncode == 0 and done.stdout.count(' is finished.') == 2, done.stderr
-    assert len(section(tmp_path, 'act')[2]) == 2
-
-
-def test_a_group_stays_where_it_is_when_a_run_of_its_name_is_restarted(group):
-    done = script(group[0], *SMALL, '--name', 'act', '--restart')
-    assert done.returncode == 0 and (group[0] / 'results' / 'act' / 'relu-0').exists(), done.stderr
-    for file in (group[0] / 'results' / 'act').glob('*.*'):
+    assert len(kept) == 6 and kept == {file: file.read_bytes() for file in kept}
+    for file in folder.rglob('*.pt'):  # as where only records were committed
         file.unlink()
+    again = script(copied, ACT)
+    assert again.returncode == 0 and again.stdout.count(' is finished.') == 4, again.stderr
+    assert len(section(copied, 'act').rows) == 2
 
 
-def test_several_models_are_labelled_by_what_was_varied(tmp_path, few_images):
-    command = ['CIFAR10_train.py', '--name', 'm', '--dataset', 'synthetic', '--epochs', 1, '--batch-size', 10]
-    done = script(tmp_path, *command, '--model', 'mlp', 'lenet5', '--augmentation', 'on', 'off')
+def test_options_are_columns_and_batch_sizes_compared_over_seconds_too(tmp_path, few_images):
+    done = script(tmp_path, 'CIFAR10_train.py --name m --dataset synthetic --epochs 1 --model mlp lenet5 '
+                            '--batch-size 50 100')
     assert done.returncode == 0, done.stderr
-    table = section(tmp_path, 'm')[2]
-    assert [row['model, augmentation'] for row in table] == [
-        'lenet5, off',
-        'lenet5, on',
-        'mlp, off',
-        'mlp, on',
-    ]
+    found = section(tmp_path, 'm')
+    labels = [(row['--model'], row['--batch-size']) for row in found.rows]
+    assert labels == [(model, size) for model in ('lenet5', 'mlp') for size in ('50', '100')]
+    assert found.figures == 2
 
 
 def test_a_single_run_of_a_group_is_not_trained_again_either(tmp_path, few_images):
-    command = [*SMALL, '--batch-size', 10, '--name', 'rates/slow', '--learning-rate', 0.001]
-    assert 'epoch 2/2' in script(tmp_path, *command).stdout
-    assert 'rates/slow is finished.' in script(tmp_path, *command).stdout
-    assert 'is finished' not in script(tmp_path, *command, '--restart').stdout
+    command = f'{SMALL} --name rates/slow --learning-rate 0.001'
+    assert 'epoch 2/2' in script(tmp_path, command).stdout
+    assert 'rates/slow is finished.' in script(tmp_path, command).stdout
+    assert 'is finished' not in script(tmp_path, f'{command} --epochs 1').stdout
     assert sorted(folder.name for folder in (tmp_path / 'results' / 'rates').glob('*/')) == ['slow', 'slow-2']
-    assert section(tmp_path, 'rates')[2][0]['Epochs'] == '2'
+    assert [row['Epochs'] for row in section(tmp_path, 'rates').rows] == ['1', '2']
 
 
-def test_a_run_that_diverges_ends_no_group(tmp_path):
-    command = [*SMALL, '--normalization', 'none', '--learning-rate', 1e38]
-    done = script(tmp_path, *command, 0.01, '--name', 'rates')
+def test_a_run_that_diverges_ends_no_group(tmp_path, few_images):
+    command = f'{SMALL} --normalization none --batch-size 10 --optimizer sgd --warmup 0 --learning-rate 9e8'
+    done = script(tmp_path, f'{command} 0.01 --name rates')
     assert done.returncode == 0, done.stderr
-    assert 'rates/1e+38: The loss is' in done.stdout
+    assert 'rates/900000000.0: The loss is' in done.stdout
     assert len(rows(tmp_path / 'results' / 'rates' / '0.01')) == 2
-    done = script(tmp_path, *command, 1e37, '--name', 'worse')
+    done = script(tmp_path, f'{command} 8e8 --name worse')
     assert done.returncode == 2 and done.stderr.startswith('Every run diverged')
 
 
-def test_batch_sizes_are_compared_over_seconds_too(tmp_path):
-    done = script(tmp_path, *SMALL, '--batch-size', 500, 1000)
-    assert done.returncode == 0, done.stderr
-    _, figures, table = section(tmp_path, 'batch_size')
-    assert figures == 3 and [row['batch_size'] for row in table] == ['500', '1000']
-
-
-def test_a_run_in_a_group_is_evaluated_by_its_name(group):
-    done = script(group[0], 'CIFAR10_evaluation.py', '--name', 'act/relu-0')
-    best = max(float(row['val_accuracy']) for row in rows(group[0] / 'results' / 'act' / 'relu-0'))
-    assert f'{best:.2f} % recomputed, {best:.2f} % recorded' in done.stdout.replace('\\', '/')
+def test_a_run_in_a_group_is_evaluated_by_its_name(group, few_images):
+    done = script(group, 'CIFAR10_evaluation.py --name act/relu-0')
+    best = max(float(row['val_accuracy']) for row in rows(group / 'results' / 'act' / 'relu-0'))
+    assert f'{best:.2f} % recomputed, {best:.2f} % recorded' in done.stdout
+    assert section(group, 'act').text == ''  # it has none, and is called by its name
 
 
 @pytest.mark.parametrize('model', ['mlp', 'lenet5'])
 def test_a_run_without_standardization_is_recomputed_without_it(model, tmp_path, few_images):
-    options = ['--model', model, '--dataset', 'synthetic', '--epochs', 2, '--batch-size', 10]
-    done = script(tmp_path, 'CIFAR10_train.py', *options, '--standardization', 'off')
+    done = script(tmp_path, f'CIFAR10_train.py --model {model} --dataset synthetic --epochs 2 '
+                            '--batch-size 10 --standardization off')
     [(recomputed, recorded)] = re.findall(r'([\d.]+) % recomputed, ([\d.]+) % recorded', done.stdout)
     assert recomputed == recorded
-    weights = tmp_path / 'results' / model / 'best.pt'
-    done = script(
-        tmp_path, 'CIFAR10_evaluation.py', '--weights', weights, '--model', model, '--dataset', 'synthetic'
-    )
-    assert f'{recorded} %' in done.stdout
-
-
-# ----------------------------------------------------------------------------------------------------------
-# What the figures show
+    weights = f'--model {model} --weights results/{model}/best.pt'
+    assert f'{recorded} %' in script(tmp_path, f'CIFAR10_evaluation.py {weights} --dataset synthetic').stdout
 
 
 def run(accuracies, seed=0, **changes):
-    """A run whose validation accuracies are these, its training accuracies one more, a minute an epoch."""
-    history = [
-        dict(zip(HISTORY, (epoch, 0.1, 1, accuracy + 1, 1, accuracy, 60 * epoch), strict=True))
-        for epoch, accuracy in enumerate(accuracies, 1)
-    ]
+    """A run with these accuracies, one percent more in training, a minute an epoch, a drop after two."""
+    history = [Epoch(epoch, 0.1 if epoch < 3 else 0.01, 1, accuracy + 1, 1, accuracy, 60 * epoch)
+               for epoch, accuracy in enumerate(accuracies, 1)]
     return Run(None, replace(SETTINGS['lenet5'], seed=seed, **changes), {}, history)
 
 
-def test_runs_are_listed_in_the_order_of_their_seeds_and_a_later_equal_one_is_a_rerun():
-    found = [run([10], seed=2), run([20]), run([30], seed=1), run([40]), run([50], epochs=9)]
-    first, other = CIFAR10_evaluation.by_config(found).values()
-    assert first == [found[1], found[2], found[0]] and other == [found[4]]
-    assert [r.reruns for r in first] == [[found[3]], [], []]
-
-
-def test_the_report_lists_runs_in_one_order_whatever_their_age(tmp_path):
-    reports = []
-    for age in 1, -1:  # which of the two is older
-        for number, rate in enumerate([0.03, 0.04]):
-            folder = tmp_path / 'results' / f'run{number}'
-            folder.mkdir(parents=True, exist_ok=True)
-            one = run([10, 20], learning_rate=rate)
-            one.folder, one.machine = folder, {'device': 'cpu'}
-            one.write()
-            os.utime(folder / 'config.json', (10**9, 10**9 + age * number))
-        assert script(tmp_path, 'CIFAR10_evaluation.py').returncode == 0
-        report = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')
-        reports.append(re.findall('<td title="Run">(.*?)</td>', report))
-    assert reports[0] == reports[1] == ['Run', 'run0', 'run1']
+def test_the_report_is_the_same_whatever_the_age_of_its_files(copied):
+    folder, reports = copied / 'results', []
+    for name in ('relu-1', 'tanh-0'):  # two of them are no group too
+        shutil.copytree(folder / 'act' / name, folder / name)
+    for age in 1, -1:  # which of them are older
+        for number, file in enumerate(sorted(folder.rglob('config.json'))):
+            os.utime(file, (10**9, 10**9 + age * number))
+        assert script(copied, 'CIFAR10_evaluation.py').returncode == 0
+        reports.append((folder / 'report.html').read_text(encoding='utf-8'))
+    assert reports[0] == reports[1] and re.findall('<td title="Run">(.*?)</td>', reports[0])[1:]
 
 
 def test_a_group_without_a_readable_run_does_not_stop_the_report(tmp_path):
@@ -219,61 +169,41 @@ def drawn(monkeypatch):
     return found
 
 
-COMPARED = {
-    'one': [run([10, 30, 20]), run([20, 40, 60, 70], seed=1)],  # the second seed trained longer
-    'two': [run([50, 60])],
-}
+STEP = dict(learning_rate_decay='step')
+SEEDS = [run([10, 30, 20], **STEP), run([20, 40, 60, 70], 1, **STEP)]  # the second seed trained longer
 
 
 @pytest.mark.parametrize('over, step', [('epoch', 1), ('seconds', 60)])
 def test_curves_are_means_over_the_seeds_with_a_band_of_a_deviation(over, step, drawn):
-    CIFAR10_evaluation.plot_accuracy(COMPARED, 'option', None, over)
+    CIFAR10_evaluation.plot_accuracy({'one': SEEDS, 'two': [run([50, 60])]}, 'option', None, over)
     [axes] = drawn
-    lines = [line.get_xydata() for line in axes.lines]
+    one, two = axes.lines  # nothing else is drawn where curves are compared, but for two bands
+    assert len(axes.collections) == 2 and axes.get_ylim() != (0, 105)
     x = step * np.array([1, 2, 3])
-    np.testing.assert_allclose(lines[0], np.array([x, [15, 35, 40]]).T)
-    np.testing.assert_allclose(lines[1], np.array([x, [16, 36, 41]]).T)  # training
-    np.testing.assert_allclose(lines[2], [[3 * step, 50]])  # the mean of 30 % at epoch 2 and 70 % at epoch 4
-    np.testing.assert_allclose(lines[3], np.array([x[:2], [50, 60]]).T)
+    np.testing.assert_allclose(one.get_xydata(), np.array([x, [15, 35, 40]]).T)
+    np.testing.assert_allclose(two.get_xydata(), np.array([x[:2], [50, 60]]).T)
     band = axes.collections[0].get_paths()[0].vertices
-    deviation = statistics.stdev([20, 60])
-    third = band[band[:, 0] == 3 * step][:, 1]
+    third, deviation = band[band[:, 0] == 3 * step][:, 1], statistics.stdev([20, 60])
     assert (third.min(), third.max()) == pytest.approx((40 - deviation, 40 + deviation))
-    legend = axes.figure.legends[0]
-    assert [text.get_text() for text in legend.get_texts()] == ['one', 'two']
-    assert axes.get_title().startswith('option\n')
-    styles = {(axes.lines[i].get_color(), axes.lines[i].get_marker()) for i in (0, 3)}
-    assert len(styles) == 2 and len({marker for _, marker in styles}) == 2  # also in black and white
+    assert axes.get_legend_handles_labels()[1] == ['one', 'two']
+    assert len(axes.figure.legends) == 1 and axes.get_title() == 'option' and axes.get_xlabel() == over
+    assert one.get_color() != two.get_color()
 
 
-def test_early_stopping_is_shown_with_bars_of_a_deviation(drawn):
-    CIFAR10_evaluation.plot_early_stopping(COMPARED, 'option', None)
+def test_a_single_curve_also_shows_training_early_stopping_and_drops_of_the_learning_rate(drawn):
+    CIFAR10_evaluation.plot_accuracy({'one': SEEDS}, 'LeNet-5', None)
     [axes] = drawn
-    assert isinstance(axes, matplotlib.axes.Axes) and axes.get_ylabel() == 'option'
-    assert [text.get_text() for text in axes.get_yticklabels()] == ['one', 'two'] and axes.yaxis_inverted()
-    (first, _, [bars]), (second, _, _) = axes.containers
-    assert (first.get_xdata()[0], second.get_xdata()[0]) == (50, 60)
-    deviation = statistics.stdev([30, 70])
-    assert bars.get_segments()[0][:, 0] == pytest.approx([50 - deviation, 50 + deviation])
+    one, training, star = axes.lines
+    np.testing.assert_allclose(one.get_ydata(), [15, 35, 40])
+    np.testing.assert_allclose(training.get_xydata(), [[1, 16], [2, 36], [3, 41]])
+    np.testing.assert_allclose(star.get_xydata(), [[3, 50]])  # the mean of 30 % at 2 and of 70 % at 4
+    [[[x, _], _]] = axes.collections[-1].get_segments()
+    assert 2 <= x < 3 and axes.get_ylim() == (0, 105)  # the settings have one scale
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels == ['one', 'training', 'early stopping', 'the learning rate drops']
 
 
-def test_drops_of_the_learning_rate_are_marked_on_a_single_curve(drawn):
-    stepped = Run(None, Configuration(epochs=3), {}, run([10, 20, 30]).history)
-    stepped.history[2]['learning_rate'] = 0.01
-    CIFAR10_evaluation.plot_accuracy({'a': [stepped]}, 'LeNet-5', None)
-    CIFAR10_evaluation.plot_accuracy({'a': [stepped], 'b': [stepped]}, 'option', None)
-    labels = [[text.get_text() for text in axes.figure.legends[0].get_texts()] for axes in drawn]
-    assert labels == [['a', 'learning rate × 0.1'], ['a', 'b']]
-    [drop] = drawn[0].collections[-1].get_segments()
-    assert drop[:, 0].tolist() == [2.5, 2.5]
-    assert drawn[0].get_ylim() == (0, 105) != drawn[1].get_ylim()  # the settings have one scale
-
-
-def test_a_group_stops_at_the_first_user_error(monkeypatch):
-    def fails(*_):
-        raise UserError("no room")
-
-    monkeypatch.setattr(CIFAR10_train, 'train', fails)
-    options = CIFAR10_train.parse_configuration(['--seed', '0', '1'])[1]
-    with pytest.raises(UserError, match='no room'):
-        CIFAR10_train.train_group({'a/0': Configuration(), 'a/1': Configuration(seed=1)}, options, None)
+def test_a_group_stops_at_the_first_user_error(tmp_path):
+    done = script(tmp_path, f'{SMALL} --seed 0 1 --batch-size 4999')
+    assert done.returncode == 2 and 'leaves a batch of 1' in done.stderr
+    assert done.stdout.count('Training images') == 1

@@ -1,12 +1,9 @@
-"""The README's commands work as written; trainings are shortened to an epoch on few synthetic images."""
-
+"""The commands of the README and of the groups of runs work as written, and gave the committed runs."""
 import re
-import shlex
 
 import pytest
-import torch
 from conftest import ROOT, script
-from torchvision.transforms.functional import to_pil_image
+from PIL import Image
 
 from CIFAR10_configuration import Run, parse_configuration
 
@@ -14,65 +11,55 @@ README = (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
 def commands(text):
-    """The commands in a text, which are indented, each once."""
-    return list(dict.fromkeys(re.findall('^    (python CIFAR10.*)$', text, re.MULTILINE)))
+    """The commands in a text, each once: its indented lines, or what follows && there."""
+    return list(dict.fromkeys(re.findall(r'^ {4}(?:.* && )?python (CIFAR10_\w+\.py.*)$', text, re.MULTILINE)))
 
 
-COMMANDS = commands(README)
-EXPERIMENTS = commands(README.split('## Experiments')[1].split('##')[0])
+FIRST, *OTHERS = commands(README)
+GROUPS = {file.parent.name: lines for file in sorted(ROOT.glob('results/*/README.md'))
+          if (lines := commands(file.read_text(encoding='utf-8')))}
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('readme')
-    picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    to_pil_image(picture).save(folder / 'cat.jpg')
-    to_pil_image(picture).save(folder / 'dog.png')
-    return folder
+def shortened(command):
+    """A command for an epoch on few synthetic images, and two runs: one option keeps two values."""
+    if '_train' not in command:
+        return command + (' --dataset synthetic' if '--weights' in command else '')
+    options, most = [], 2
+    for option in command.replace('.py', '.py --batch-size 10').split(' --'):
+        name, *values = option.split()
+        if len(values) > 1 and name not in ('hidden', 'milestones'):
+            values, most = values[:most], 1
+        options.append(' '.join([name, *values]))
+    return f"{' --'.join(options)} --dataset synthetic --epochs 1".replace('--holdout 5000', '--holdout 50')
 
 
-def test_the_readme_has_commands():
-    assert len(COMMANDS) >= 8
+def test_the_readme_is_short_and_has_commands_as_have_seven_experiments_and_held_out_runs():
+    assert len(README.splitlines()) <= 120 and len(README.split()) <= 1200 and len(OTHERS) >= 7
+    held_out = [group for group, lines in GROUPS.items() if any('--holdout 5000' in line for line in lines)]
+    assert held_out and len(GROUPS) - len(held_out) >= 7
 
 
 def test_the_first_run_learns(tmp_path):
-    done = script(tmp_path, *shlex.split(COMMANDS[0])[1:])
-    assert (
-        done.returncode == 0 and float(re.search(r'Best validation accuracy ([\d.]+) %', done.stdout)[1]) > 90
-    )
+    done = script(tmp_path, FIRST)
+    accuracy = re.search(r'Best validation accuracy ([\d.]+) %', done.stdout)
+    assert done.returncode == 0 and float(accuracy[1]) > 90, done.stderr
 
 
-def shortened(options):
-    """The options of a training, shortened to an epoch on few synthetic images."""
-    small = {'--holdout': '50'}
-    options = [small.get(before, option) for before, option in zip(['', *options], options, strict=False)]
-    batch_size = [] if '--batch-size' in options else ['--batch-size', '10']
-    return [*options, '--dataset', 'synthetic', '--epochs', '1', *batch_size]
+def test_the_commands_of_the_readme_work_one_after_the_other(tmp_path, few_images):
+    for name in ('cat.jpg', 'dog.png'):
+        Image.new('RGB', (40, 40)).save(tmp_path / name)
+    for command in OTHERS:
+        done = script(tmp_path, shortened(command))
+        assert done.returncode == 0, (command, done.stderr)
 
 
-@pytest.mark.parametrize('command', COMMANDS[1:])  # the first one is the test above
-def test_command_of_the_readme(command, folder, few_images):
-    _, name, *options = shlex.split(command)
-    if name == 'CIFAR10_train.py':
-        options = shortened(options)
-    elif '--weights' in options:
-        options += ['--dataset', 'synthetic']
-    done = script(folder, name, *options)
+@pytest.mark.parametrize('group', GROUPS)
+def test_the_commands_of_a_group_give_its_runs_and_a_section_of_the_report(group, tmp_path, few_images):
+    named = {name: config for command in GROUPS[group]
+             for name, config in parse_configuration(command.split()[1:])[0].items()}
+    assert all(name.startswith(f'{group}/') for name in named)
+    committed = [Run.read(file.parent) for file in ROOT.glob(f'results/{group}/*/config.json')]
+    assert committed and all(run.config in named.values() for run in committed)
+    done = script(tmp_path, shortened(GROUPS[group][0]))
     assert done.returncode == 0, done.stderr
-    if command in EXPERIMENTS:
-        group = options[options.index('--name') + 1].split('/')[0]
-        report = (folder / 'results' / 'report.html').read_text(encoding='utf-8')
-        assert f'<h3>{group}</h3>' in report
-
-
-def test_the_held_out_runs_are_what_the_table_says():
-    rows = re.findall(r'^\| `(--name .*)` \| ([\d.]+) % \|$', README, re.MULTILINE)
-    assert len(rows) >= 8
-    for options, accuracy in rows:
-        [(name, config)] = parse_configuration(['--holdout', '5000', *options.split()])[0].items()
-        run = Run.read(ROOT / 'results' / name)
-        assert run.config == config and f'{run.accuracy:.2f}' == accuracy
-
-
-def test_there_are_seven_experiments():
-    assert len({re.search(r'--name (\w+)', command)[1] for command in EXPERIMENTS}) == 7
+    assert f'<h3>{group}</h3>' in (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8')

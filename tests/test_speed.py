@@ -1,24 +1,29 @@
 """What makes training faster leaves its results alone: own dropout, compilation, several processes."""
-
-import dataclasses
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT, after_first_epoch, process, rows, script
-from test_training import FLOAT32, first
+from test_training import FLOAT32, first, learn
 
 from CIFAR10_configuration import SETTINGS
-from CIFAR10_evaluation import build_model
-from CIFAR10_train import build_optimizer, train_epoch
 from dataset import crop_and_flip, training_batches
 from MLP_model import Dropout
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2']
+TRAIN = f'{shlex.quote(str(ROOT / "CIFAR10_train.py"))} --dataset synthetic'
+
+
+def torchrun(folder, command):
+    command = TORCHRUN + shlex.split(command)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_dropout_silences_its_share_scales_the_rest_and_leaves_testing_alone():
@@ -48,45 +53,22 @@ def test_random_crops_do_not_change_the_images_they_are_taken_from():
 
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'cl'))), reason="needs a C++ compiler")
 def test_a_compiled_epoch_learns_what_an_eager_one_learns():
-    losses = []
-    for compiled in False, True:
-        torch.manual_seed(0)
-        config = dataclasses.replace(SETTINGS['mlp'], hidden=(16,), dropout=0.0, batch_size=40, warmup=0.0)
-        model = build_model(config, torch.device('cpu'))
-        optimizer = build_optimizer(model, config)
-        training_model = model
-        if compiled:
-            training_model = torch.compile(model, dynamic=False, mode='reduce-overhead')
-        losses.append(
-            [
-                train_epoch(training_model, optimizer, first(40), config, epoch, FLOAT32)[0]
-                for epoch in range(2)
-            ]
-        )
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    eager, compiled = (learn('mlp', FLOAT32, first(40), 2, prepare, hidden=(16,), dropout=0, batch_size=40)[0]
+                       for prepare in (lambda model: model,
+                                       partial(torch.compile, dynamic=False, mode='reduce-overhead')))
+    assert compiled == pytest.approx(eager, rel=1e-4)
 
 
 def test_a_failing_compiler_is_named_and_leaving_it_out_advised(tmp_path, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
-    done = process(
-        tmp_path,
-        'CIFAR10_train.py',
-        '--model',
-        'lenet5',
-        '--dataset',
-        'synthetic',
-        '--epochs',
-        1,
-        '--compile',
-    )
+    done = process(tmp_path, 'CIFAR10_train.py --dataset synthetic --model mlp --hidden 8 --compile')
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('--compile failed')
     assert 'leave it out' in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_processes_together_see_each_batch_once():
-    data = first(130)
-    config = dataclasses.replace(SETTINGS['lenet5'], batch_size=32)
+    data, config = first(130), replace(SETTINGS['lenet5'], batch_size=32)
     whole = list(training_batches(data, config, seed=5))
     shares = [list(training_batches(data, config, 5, rank, 3)) for rank in range(3)]
     for batch, *parts in zip(whole, *shares, strict=True):
@@ -95,80 +77,57 @@ def test_processes_together_see_each_batch_once():
         assert sum(len(labels) for _, labels in parts) == len(batch[1])
 
 
-def torchrun(folder, *command):
-    return subprocess.run(
-        [*TORCHRUN, *map(str, command)], cwd=folder, capture_output=True, text=True, timeout=300
-    )
-
-
+# It ends with a command whose batches are too small for two.
 WORKER = f"""
-import dataclasses, os, sys, torch, torch.distributed as dist
+import sys, torch.distributed as dist
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 from test_training import *
+import CIFAR10_train
 dist.init_process_group()
 rank = dist.get_rank()
 def train(name):  # a function, so that the parallel model is gone before its processes part
-    config = dataclasses.replace(SETTINGS[name], batch_size=40, epochs=1)
+    config = replace(SETTINGS[name], batch_size=40, epochs=1, hidden=(64, 32), depth=8)
     torch.manual_seed(rank)  # the first process's weights must reach the second one
     model = build_model(config, CPU)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
-    if sys.argv[1] == 'dies' and rank == 1:
-        os._exit(9)
     loss, accuracy = train_epoch(parallel, build_optimizer(model, config), first(190), config, 0, FLOAT32)
     torch.save(dict(model.named_parameters(), loss=loss, accuracy=accuracy), f'{{name}}{{rank}}.pt')
 for name in SETTINGS:
     train(name)
 dist.destroy_process_group()
+sys.argv = 'CIFAR10_train.py --model mlp --dataset synthetic --batch-size 4999'.split()
+CIFAR10_train.run_script(CIFAR10_train.main)
 """
 
 
-def test_two_processes_end_with_identical_weights_and_the_same_loss(tmp_path):
+def test_two_processes_end_alike_and_refuse_a_batch_that_does_not_reach_both(tmp_path):
     (tmp_path / 'worker.py').write_text(WORKER)
-    done = torchrun(tmp_path, 'worker.py', 'lives')
-    assert done.returncode == 0, done.stderr
+    done = torchrun(tmp_path, 'worker.py')
     for model in SETTINGS:
         one, two = (torch.load(tmp_path / f'{model}{rank}.pt') for rank in range(2))
         for key, value in one.items():
             assert torch.equal(value, two[key]) if torch.is_tensor(value) else value == two[key]
+    assert done.returncode != 0 and done.stderr.count('--batch-size 4999 leaves a batch') == 1
+    assert not (tmp_path / 'results').exists()
 
 
-def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):
-    (tmp_path / 'worker.py').write_text(WORKER)
-    began = time.time()
-    assert torchrun(tmp_path, 'worker.py', 'dies').returncode != 0
-    assert time.time() - began < 120 and not list(tmp_path.glob('*.pt'))
-
-
-def test_without_batch_norm_two_processes_train_as_one_also_after_a_kill(tmp_path):
-    options = [
-        '--model',
-        'lenet5',
-        '--dataset',
-        'synthetic',
-        '--epochs',
-        2,
-        '--batch-size',
-        120,
-        '--precision',
-        'fp32',
-        # Smooth and slow, as rounding differs between one process and two
-        '--activation',
-        'elu',
-        '--learning-rate',
-        0.005,
-    ]
-    alone = script(tmp_path, 'CIFAR10_train.py', *options, '--name', 'alone')
-    command = [ROOT / 'CIFAR10_train.py', *options, '--name', 'together']
-    training = after_first_epoch(tmp_path, [*TORCHRUN, *command])
-    training.terminate()
+@pytest.mark.skipif(not shutil.which('pgrep'), reason="finds the processes by it")
+def test_without_batch_norm_two_processes_train_as_one_also_after_one_dies(tmp_path):
+    # Smooth and slow, as rounding differs between one process and two
+    options = ('--model mlp --hidden 256 --normalization none --dropout 0 --activation elu --epochs 2 '
+               '--batch-size 50 --learning-rate 0.001 --precision fp32')
+    alone = script(tmp_path, f'CIFAR10_train.py --dataset synthetic {options} --name alone')
+    command = f'{TRAIN} {options} --name together'
+    training = after_first_epoch(tmp_path, TORCHRUN + shlex.split(command))
+    workers = subprocess.check_output(['pgrep', '-P', str(training.pid)], text=True).split()
+    os.kill(int(workers[1]), signal.SIGKILL)
     training.communicate(timeout=120)
-    assert training.returncode != 0
-    together = torchrun(tmp_path, *command)
+    assert training.returncode != 0 and len(workers) == 2
+    together = torchrun(tmp_path, command)
     assert alone.returncode == 0 and together.returncode == 0, together.stderr
-    assert together.stdout.count('Continuing together at epoch') == 1
-    assert (
-        together.stdout.count('epoch 2/2') == together.stdout.count('The report is') == 1
-    )  # only one process prints
+    # Only one process prints
+    for text in ('Continuing together at epoch', 'epoch 2/2', 'The report is'):
+        assert together.stdout.count(text) == 1
     for a, b in zip(*(rows(tmp_path / 'results' / name) for name in ('alone', 'together')), strict=True):
         for column in ('train_loss', 'val_loss', 'learning_rate'):
             assert float(a[column]) == pytest.approx(float(b[column]), rel=2e-3)
@@ -176,17 +135,7 @@ def test_without_batch_norm_two_processes_train_as_one_also_after_a_kill(tmp_pat
             assert float(a[column]) == pytest.approx(float(b[column]), abs=1.0)
 
 
-def test_a_batch_that_does_not_reach_every_process_is_refused(tmp_path):
-    done = torchrun(
-        tmp_path, ROOT / 'CIFAR10_train.py', '--model', 'mlp', '--dataset', 'synthetic', '--batch-size', 4999
-    )
-    assert done.returncode != 0 and done.stderr.count('--batch-size 4999 leaves a batch') == 1
-    assert not (tmp_path / 'results').exists()
-
-
 @pytest.mark.skipif(os.name == 'nt' or torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_together(tmp_path):
-    done = torchrun(
-        tmp_path, ROOT / 'CIFAR10_train.py', '--model', 'resnet32', '--dataset', 'synthetic', '--epochs', 2
-    )
+    done = torchrun(tmp_path, f'{TRAIN} --model resnet32 --epochs 2')
     assert done.returncode == 0 and 'Device: cuda' in done.stdout, done.stderr
