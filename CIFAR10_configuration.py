@@ -32,7 +32,8 @@ class UserError(Exception):
 class Configuration:
     """All that decides what a run learns. Raises UserError for a value that is not allowed.
 
-    The text below each field is what --help says of it. A setting's values are in SETTINGS below.
+    The text below each field is what --help says of it. The defaults are those of the slides; what --model
+    trains is in SETTINGS below. A field that a model does not have means nothing there.
     """
     model: Literal[MODELS] = 'resnet32'
     """one of the three settings"""
@@ -143,12 +144,12 @@ class Configuration:
         return [name for name in FIELDS if getattr(self, name) != getattr(other, name)]
 
 
-# The fields by name, and what --help says of each: the text below it in the class above
+# The fields by name, and what --help says of each: the text below it in the source of the class
 FIELDS = {f.name: f for f in fields(Configuration)}
 REASONS = dict(re.findall(r'(\w+): .*\n +"""(.*)"""', inspect.getsource(Configuration)))
 
 # The models that have a field, where it is not all of them
-MODELS_WITH = dict(model=['resnet32'],  # by default
+MODELS_WITH = dict(model=['resnet32'],  # whose name is the default of --model
                    hidden=['mlp'], dropout=['mlp'], normalization=['mlp'],
                    activation=['mlp', 'lenet5'], initialization=['mlp', 'lenet5'],
                    depth=['resnet32'], block=['resnet32'])
@@ -169,10 +170,11 @@ def convert(name, text):
     default, choices = FIELDS[name].default, get_args(FIELDS[name].type)
     # The type of a number, or of the numbers in a tuple
     kind = type(default[0] if isinstance(default, tuple) else default)
-    low, high = LOWEST.get(name, 0), 1 if name in SHARES else 1e9
+    low = LOWEST.get(name, 0)
+    high = 1 if name in SHARES else 1e9
     with contextlib.suppress(TypeError, ValueError):  # of what is no number
         value = kind(str(text))
-        if value in choices or not choices and low <= value < high:
+        if value in choices or (not choices and low <= value < high):
             return value
     rule = f"one of {', '.join(map(str, choices))}" if choices else f"at least {low} and below {high:g}"
     raise UserError(f"{flag(name)} must be {rule}, not {text}.")
@@ -261,7 +263,7 @@ def parse_configuration(arguments=None):
             add_data_options(group)
         group.add_argument(flag(name), help=help_text(name), nargs='+', metavar='X',
                            default=argparse.SUPPRESS)
-    group = parser.add_argument_group("speed", "these change how long a run takes, not what it learns")
+    group = parser.add_argument_group("speed", "these change how long a run takes, and how it rounds")
     group.add_argument('--device', default='auto', help="cuda, mps, cpu; auto: the first that there is")
     group.add_argument('--precision', default='auto', choices=('auto', 'fp32', 'bf16'),
                        help="auto: bf16 where the hardware multiplies it natively")
@@ -311,7 +313,7 @@ class Run:
     config: Configuration
     machine: dict
     history: list
-    same: list = field(default_factory=list)  # the report lists this run and its repetitions here
+    repetitions: list = field(default_factory=list)  # for the report: this run and later ones like it
 
     @property
     def best(self):
@@ -333,7 +335,7 @@ class Run:
         lines = [','.join(Epoch._fields)]
         lines += [','.join(f'{number:.10g}' for number in row) for row in self.history]
         atomic_write(self.folder / 'history.csv', ''.join(f'{line}\n' for line in lines).encode())
-        # The last one, as by it a folder is known to hold a run
+        # It is written last: by it a folder is known to hold a run.
         record = dict(configuration=vars(self.config), machine=self.machine)
         atomic_write(self.folder / 'config.json', json.dumps(record, indent=1).encode())
 

@@ -119,7 +119,7 @@ def load_file(file):
 
 
 def state_dicts(saved):
-    """Yield for each dict in what a file held, however deep it stands, its tensors by their names."""
+    """Yield the tensors of each dict in what a file held, by their names, however deep it stands."""
     if isinstance(saved, dict):
         # DataParallel, torch.compile, Lightning and others put a word of theirs before each name.
         words = r'^((module|_orig_mod|model|net|network|backbone|_forward_module)\.)+'
@@ -182,7 +182,7 @@ def evaluate_run(run, data_dir, device):
     confidence, predicted = predict(model, images).softmax(1).max(1)
     found = {'accuracy': (predicted == labels).sum().item() / len(labels) * 100}
     if config.holdout:
-        # By the test images neither these weights nor the hyperparameters were chosen.
+        # The test images were used to choose neither these weights nor the hyperparameters.
         test_data = data_load(config.dataset, data_dir, device=device, urls=())[1]
         found['test_accuracy'] = evaluate(model, test_data)[1]
     atomic_write(run.folder / 'evaluation.json', json.dumps(found).encode())
@@ -348,12 +348,12 @@ def read_runs(folder=RESULTS):
 def group_seeds(runs):
     """Lists of the runs that differ only in their seed, by their configuration.
 
-    Those that repeat an earlier one are in the list `same` of that one, after itself.
+    Those that repeat an earlier one are in the list `repetitions` of that one, after itself.
     """
     groups = {}
     for run in runs:
         seeds = groups.setdefault(replace(run.config, seed=0), {})
-        seeds.setdefault(run.config.seed, run).same.append(run)
+        seeds.setdefault(run.config.seed, run).repetitions.append(run)
     return {config: list(seeds.values()) for config, seeds in groups.items()}
 
 
@@ -388,7 +388,7 @@ def setting_cells(runs):
         'Batch_size': config.batch_size,
         'Activation function': {'relu': 'ReLU', 'elu': 'ELU'}.get(config.activation, config.activation),
         'Weight initialization': config.initialization.capitalize(),
-        'Optimizer': {'sgd': 'SGD', 'nesterov': 'SGD (Nesterov)', 'adam': 'Adam'}[config.optimizer],
+        'Optimizer': 'SGD (Nesterov)' if config.optimizer == 'nesterov' else config.optimizer.upper(),
         'Learning rate': f'{config.learning_rate:g}',
         'Momentum': f'{config.momentum:g}',
         'Weight decay': config.weight_decay or 'X',
@@ -415,11 +415,10 @@ def result_cells(runs, columns=()):
     The fields in columns have one of their own; the other options are those that differ from the setting's.
     """
     config = runs[0].config
-    model = build_model(config, choose_device('cpu'))
     return {
         **{flag(name): as_given(getattr(config, name)) for name in columns},
         'Model': config.title,
-        'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
+        'Parameters': f'{sum(p.numel() for p in build_model(config, choose_device("cpu")).parameters()):,}',
         'Other options': ' '.join(
             f'{flag(name)} {as_given(getattr(config, name))}'
             for name in config.differences(SETTINGS[config.model]) if name not in columns),
@@ -433,7 +432,7 @@ def result_cells(runs, columns=()):
         'Recomputed from the best weights': ', '.join(map(recomputed, runs)),
         'Reruns': ', '.join(
             f'{rerun.folder.name} {rerun.accuracy:.2f} % ({rerun.accuracy - run.accuracy:+.2f})'
-            for run in runs for rerun in run.same[1:]),
+            for run in runs for rerun in run.repetitions[1:]),
     }
 
 

@@ -1,6 +1,7 @@
 """Train one of the three settings: python CIFAR10_train.py --model resnet32
 
-The run is kept in results/<name>/. Whatever ends it, the same command continues it after its last epoch.
+The run is kept in results/<name>/. Whatever interrupts it, the same command continues it after its last whole
+epoch.
 """
 import contextlib
 import io
@@ -53,8 +54,8 @@ WORLD_SIZE = int(os.environ.get('WORLD_SIZE', 1))
 
 
 def build_optimizer(model, config):
-    """SGD with momentum or Adam over all weights, with the L2 penalty of weight decay."""
-    # fused: all weights in one call
+    """SGD with momentum or Adam, with the L2 penalty of weight decay; train_epoch sets the learning rate."""
+    # fused: one call updates all weights
     common = dict(params=model.parameters(), weight_decay=config.weight_decay, fused=True)
     if config.optimizer == 'adam':
         return torch.optim.Adam(betas=(config.momentum, 0.999), **common)
@@ -63,7 +64,7 @@ def build_optimizer(model, config):
 
 
 def get_learning_rate(config, epoch):
-    """The learning rate after so many epochs (float) of the whole training."""
+    """The learning rate when so many epochs (float) of the training are over; a warmup begins at 0."""
     warmup = min(1, epoch / config.warmup) if config.warmup else 1
     # It drops between epochs, by gamma at each milestone passed.
     passed = sum(int(epoch) >= part * config.epochs for part in config.milestones)
@@ -78,7 +79,7 @@ def apply_max_norm(model, max_norm):
     """Scale the weights of units with |w|^2 > max_norm down to it, the weight restriction of the slides."""
     for weight in model.parameters():
         if weight.dim() > 1:
-            weight.renorm_(2, 0, max_norm ** 0.5)
+            weight.renorm_(2, 0, max_norm ** 0.5)  # each row's 2-norm, as max_norm bounds its square
 
 
 def is_finished(run):
@@ -105,7 +106,7 @@ def save(file, run, **content):
 
 
 def save_checkpoint(run, model, optimizer):
-    """Write best.pt if the last epoch was the best one, the record, and last.pt, by process 0 for all."""
+    """Write the record and last.pt, and best.pt if the last epoch was the best; process 0 does it for all."""
     if RANK > 0:
         return
     if run.history:
@@ -113,50 +114,51 @@ def save_checkpoint(run, model, optimizer):
             save(run.folder / 'best.pt', run, epoch=len(run.history), model_state_dict=model.state_dict())
         try:
             run.write()
-        except UserError:  # a spreadsheet may have history.csv open
+        except UserError:  # for example as a spreadsheet has history.csv open
             if is_finished(run):  # there is no later epoch to write it
                 raise
-            print_once(f"\nThe record in {run.folder} can't be written now, as another program may have it "
-                       "open: training goes on, and tries it again after the next epoch.")
-    # It comes last: if the program dies before it, this epoch is trained again and all is written again.
+            print_once(f"\nThe record in {run.folder} can't be written now (is it open elsewhere, or the "
+                       "disk full?): training goes on, and tries it again after the next epoch.")
+    # It comes last: if the program dies before it, this epoch is lost, trained again and written again.
     save(run.folder / 'last.pt', run, history=[row._asdict() for row in run.history],
          model=model.state_dict(), optimizer=optimizer.state_dict())
 
 
 def load_checkpoint(file):
-    """The content of last.pt, and the Run in it. Raises UserError where it is damaged."""
+    """The Run that last.pt tells of, and all that it holds. Raises UserError where it is damaged."""
     checkpoint = load_file(file)
     try:
         history = [Epoch(**row) for row in checkpoint['history']]
         config = Configuration.from_record(checkpoint['configuration'])
-        return checkpoint, Run(file.parent, config, {}, history)
-    except Exception:  # whatever the file of another program lacks
+        return Run(file.parent, config, {}, history), checkpoint
+    except Exception:  # whatever is missing, if another program wrote the file
         raise UserError(f"{file} is no checkpoint of this program: train under another --name.") from None
 
 
 def find_run(name, config):
-    """The run to continue with what its last.pt holds, or a new one and None.
+    """The run to continue and its checkpoint, or a new run and None.
 
     What is finished stays as it is: the new run goes to <name>-2, -3 ...
     Raises UserError where an unfinished run has other options.
     """
     for number in itertools.count(1):
-        folder = RESULTS / f'{name}-{number}'.removesuffix('-1')
+        folder = RESULTS / (name if number == 1 else f'{name}-{number}')
         if (folder / 'last.pt').exists():
-            checkpoint, run = load_checkpoint(folder / 'last.pt')
+            run, checkpoint = load_checkpoint(folder / 'last.pt')
             if is_finished(run):
                 continue
-            for changed in config.differences(run.config):
+            changed = config.differences(run.config)
+            if changed:
                 raise UserError(
-                    f"{folder} is unfinished and was begun with {flag(changed)} "
-                    f"{as_given(getattr(run.config, changed))}: repeat its options to continue it, or choose "
-                    "another --name.")
+                    f"{folder} is unfinished and was begun with {flag(changed[0])} "
+                    f"{as_given(getattr(run.config, changed[0]))}: repeat its options to continue it, or "
+                    "choose another --name.")
             print(f"Continuing {folder.relative_to(RESULTS)} at epoch {len(run.history) + 1} of "
                   f"{config.epochs}.")
             return run, checkpoint
         if not any((folder / file).exists() for file in ('config.json', 'best.pt')):
             if number > 1:
-                print(f"{RESULTS / name} holds a finished run, which stays: this one goes to {folder}.")
+                print(f"{RESULTS / name} holds a run already, which stays: this one goes to {folder}.")
             return Run(folder, config, {}, []), None
 
 
@@ -253,7 +255,7 @@ def choose_precision(name, device):
     if device.type == 'cuda':
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # PyTorch 2.10 and newer know; a CPU with AMX has this too.
+        # PyTorch 2.10 and newer tell what the CPU can do; one with AMX has this too.
         native = getattr(torch.cpu, 'get_capabilities', dict)().get('avx512_bf16')
     return 'bf16' if native else 'fp32'
 
@@ -269,22 +271,23 @@ def from_process_0(value):
 def load_images(config, options, device):
     """data_load's training and validation images, which process 0 fetches before the others look for them."""
     if RANK > 0:
-        from_process_0(None)  # wait for it
-    data = data_load(config.dataset, options.data_dir, config.holdout, config.seed, device, options.data_url)
-    if RANK == 0:
-        from_process_0(None)  # let the others go on
+        dist.barrier()  # where they wait for process 0
+    train_data, val_data = data_load(config.dataset, options.data_dir, config.holdout, config.seed, device,
+                                     options.data_url)
+    if RANK == 0 and WORLD_SIZE > 1:
+        dist.barrier()
     if config.dataset != 'cifar10':
         print("These are synthetic images, NOT CIFAR-10.")
-    print(f"Training images: {len(data[0]):,}\nValidation images: {len(data[1]):,}\n"
-          f"Shape of an image: {list(data[0][0][0].shape)}", flush=True)
+    print(f"Training images: {len(train_data):,}\nValidation images: {len(val_data):,}\n"
+          f"Shape of an image: {list(train_data.tensors[0].shape[1:])}", flush=True)
 
-    # Every process needs an image of each batch, and batch norm two, as one has no variance.
-    smallest = len(data[0]) % config.batch_size or config.batch_size
+    # Every process needs an image of each batch, and an MLP's batch norm two, as one has no variance.
+    smallest = len(train_data) % config.batch_size or config.batch_size
     needed = WORLD_SIZE * (2 if config.normalization == 'batch' else 1)
     if smallest < needed:
         raise UserError(f"--batch-size {config.batch_size} leaves a batch of {smallest}, but this training "
                         f"needs {needed} images in each: choose another.")
-    return data
+    return train_data, val_data
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -292,9 +295,10 @@ def load_images(config, options, device):
 
 
 def train_epoch(model, optimizer, data, config, epoch, autocast):
-    """Take the steps of an epoch, counted from 0. Returns training loss and accuracy in percent."""
+    """Train for one epoch, whose number counts from 0. Returns training loss and accuracy in percent."""
     model.train()
     # Each epoch seeds itself: order, augmentation and dropout. So a run resumes with no random state saved.
+    # Runs, epochs and processes have seeds of their own.
     seed = config.seed * 100_000 + epoch
     torch.manual_seed(seed * 1000 + RANK)
     steps = math.ceil(len(data) / config.batch_size)
@@ -314,7 +318,7 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
         if config.max_norm:
             apply_max_norm(model, config.max_norm)
 
-        # What follows only watches. A GPU has to stop to be read, so it is read at every tenth step.
+        # What follows only watches. A GPU has to stop to be read: every tenth step and the last one do so.
         sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
         if step % 10 == 0 or step == steps:
             total = sums.clone()  # all_reduce writes into it
@@ -327,7 +331,6 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
 
 def train(name, config, options, device):
     """Begin or continue the run of that name, up to its last epoch or its early stop. Returns its Run."""
-    # Images
     train_data, val_data = load_images(config, options, device)
 
     # Model and optimizer
@@ -355,10 +358,11 @@ def train(name, config, options, device):
     with lock(run.folder):
         save_checkpoint(run, model, optimizer)  # a folder that can't be written fails before any training
         while not is_finished(run):
-            learned = train_epoch(training_model, optimizer, train_data, config, len(run.history), autocast)
-            # From process 0, as batch norm's running means differ a little between processes
-            row = from_process_0(Epoch(len(run.history) + 1, optimizer.param_groups[0]['lr'], *learned,
-                                       *evaluate(model, val_data), time.time() - began))
+            epoch = len(run.history)
+            trained = train_epoch(training_model, optimizer, train_data, config, epoch, autocast)
+            validated = evaluate(model, val_data)
+            row = Epoch(epoch + 1, optimizer.param_groups[0]['lr'], *trained, *validated, time.time() - began)
+            row = from_process_0(row)  # batch norm's running means differ a little between processes
             check_loss(row.val_loss, f"the validation of epoch {row.epoch}", row.learning_rate)
             run.history.append(row)
             save_checkpoint(run, model, optimizer)
@@ -380,7 +384,7 @@ def main():
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one speaks for all
     print_device(device)
 
-    # The finished runs of the group, if it is one, by their configuration
+    # The finished runs of the group, if it is one (all names lie in one folder), by their configuration
     group = (RESULTS / next(iter(configs))).parent
     found = read_runs(group) if group != RESULTS else []
     finished = from_process_0({run.config: run for run in found if is_finished(run)})

@@ -52,7 +52,7 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
         return data, read(train=False)
     if holdout >= len(data):
         raise UserError(f"--holdout {holdout} leaves none of {len(data)} training images: choose fewer.")
-    # The numbers of the images in random order, sorted by class: a row for each class
+    # The numbers of the images in random order, then a row of them for each class
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(device)
     by_class = order[data.tensors[1][order].argsort(stable=True)].view(10, -1)
     order = by_class.T.flatten()  # one image of each class in turn
@@ -60,7 +60,7 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
 
 
 def read_cifar10(data_dir, train, urls):
-    """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,), fetched unless their MD5 sums are right."""
+    """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,); fetched if a file is not official."""
     data_dir = Path(data_dir).absolute()
     if data_dir.name == CIFAR10.base_folder:  # torchvision wants the folder around it
         data_dir = data_dir.parent
@@ -94,7 +94,7 @@ def mean_and_std(device):
 
 
 def normalize(images, standardization='on'):
-    """ToTensor and Normalize for a whole batch: (N, 3, H, W) uint8 -> float32, less MEAN and over STD.
+    """ToTensor and Normalize for a whole batch: (N, 3, H, W) uint8 -> float32, minus MEAN, divided by STD.
 
     With standardization 'off' it is ToTensor alone: values from 0 to 1.
     """

@@ -16,7 +16,7 @@ def generate(train):
     def random(*shape):
         return torch.rand(count, *shape, generator=generator)
 
-    # Stripes across (N, 1, 32, 1), 0 and 1 in turn from a random start; in the last five classes down
+    # Rows (N, 1, 32, 1) that are 0 and 1 in turn, from a random start; in the last five classes columns
     labels = torch.randperm(count, generator=generator) % 10
     of_image = labels.view(-1, 1, 1, 1)
     place = torch.arange(32).view(32, 1) + 32 * random(1, 1, 1)

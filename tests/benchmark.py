@@ -109,8 +109,7 @@ def measure(row, way, data_dir):
 
 def compare_speed(rows, repeats, data_dir):
     """Print a table of seconds and ratios, each the median of so many measurements in turn."""
-    device = choose_device()
-    print(describe_machine(device, choose_precision('auto', device)))
+    print(describe_machine(choose_device(), choose_precision('auto', choose_device())))
     print("\n| an epoch and its validation | plain, no workers, s | plain, 2 workers, s | ours, s | faster |")
     print("| --- | --- | --- | --- | --- |", flush=True)
     for row in rows:
@@ -141,8 +140,7 @@ def compare_precision(data_dir, epochs, seeds=3):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add('--data-dir', default='dataset', help="folder of CIFAR-10")
     add('--repeats', type=int, default=3)

@@ -94,7 +94,7 @@ def train(name):  # a function, so that the parallel model is gone before its pr
     torch.save(dict(model.named_parameters(), loss=loss, accuracy=accuracy), f'{{name}}{{rank}}.pt')
 for name in SETTINGS:
     train(name)
-dist.destroy_process_group()
+dist.init_process_group = lambda: None  # they have met
 sys.argv = 'CIFAR10_train.py --model mlp --dataset synthetic --batch-size 4999'.split()
 CIFAR10_train.run_script(CIFAR10_train.main)
 """
