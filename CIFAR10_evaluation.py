@@ -341,7 +341,7 @@ def read_runs(folder=RESULTS):
         try:
             runs.append(Run.read(file.parent))
         except UserError as error:
-            print_once(str(error))
+            print_once(f"{error}")
     return runs
 
 
@@ -478,7 +478,8 @@ def experiment_section(folder):
     compared = {', '.join(as_given(getattr(config, name)) for name in columns): groups[config]
                 for config in order}
     heading = f"validation accuracy by {', '.join(columns)}"
-    plot_accuracy(compared, heading, folder / 'accuracy.png')
+    if compared:
+        plot_accuracy(compared, heading, folder / 'accuracy.png')
     if 'batch_size' in columns:  # it decides how long an epoch takes
         plot_accuracy(compared, heading, folder / 'seconds.png', over='seconds')
     heading, _, text = read_text(folder / 'README.md').strip().partition('\n')
