@@ -244,7 +244,7 @@ def plot_accuracy(compared, heading, file, over='epoch'):
     axes.set(xlabel=over, ylabel='accuracy (%)', title=heading)
     axes.locator_params('x', integer=True)
     axes.grid(alpha=0.3)
-    axes.figure.legend(loc='outside lower center', ncols=3, fontsize='small')
+    axes.figure.legend(loc='outside lower center', ncols=2, fontsize='small')
     save_figure(axes, file)
 
 
@@ -316,7 +316,7 @@ thead { background: #eee }
 h1 { margin: 0 }
 h1 + p, thead, td:first-child, td[title^=Accuracy] { font-weight: bold }
 .row { display: flex; flex-wrap: wrap; gap: 8px }
-figure { flex: 1 1 300px; margin: 8px 0 } img { max-width: 100% }
+figure { flex: 1 1 300px; margin: 8px 0 } .row figure { max-width: 560px } img { max-width: 100% }
 @media screen and (max-width: 800px) { /* a row is a card, with the column's title beside each cell */
   thead, td:empty { display: none }
   table, tbody, tr { display: block; margin-bottom: 1em }
