@@ -139,6 +139,11 @@ class Configuration:
         name = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': f'ResNet-{self.depth}'}[self.model]
         return name if self.dataset == 'cifar10' else f"{name} (synthetic, NOT CIFAR-10)"
 
+    def as_given(self, name):
+        """The value of a field as the command line has it."""
+        value = getattr(self, name)
+        return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
     def differences(self, other):
         """The names of the fields in which two configurations differ."""
         return [name for name in FIELDS if getattr(self, name) != getattr(other, name)]
@@ -227,15 +232,10 @@ def path_of_run(text):
     return text
 
 
-def as_given(value):
-    """A field's value as the command line has it."""
-    return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def help_text(name):
     """What --help says of a field: choices, reason, and default, by model where the settings differ."""
     models = MODELS_WITH.get(name, MODELS)
-    defaults = [as_given(getattr(SETTINGS[model], name)) for model in models]
+    defaults = [SETTINGS[model].as_given(name) for model in models]
     # Once where the models agree, else for each model
     agreed = len(set(defaults)) == 1
     default = defaults[0] if agreed else ', '.join(map(' '.join, zip(models, defaults)))

@@ -39,7 +39,6 @@ from CIFAR10_configuration import (
     Run,
     UserError,
     add_data_options,
-    as_given,
     atomic_write,
     flag,
     path_of_run,
@@ -74,10 +73,14 @@ def choose_device(name='auto'):
     return torch.device(name)
 
 
+def cpu_capabilities():
+    """What the CPU can do, by name, as PyTorch 2.10 and newer tell it."""
+    return getattr(torch.cpu, 'get_capabilities', dict)()
+
+
 def describe_machine(device, precision):
     """What the report says of the machine. On machines that differ in it, results differ a little."""
-    # PyTorch 2.10 and newer know the processor's name.
-    processor = getattr(torch.cpu, 'get_capabilities', dict)().get('cpu_name', platform.machine())
+    processor = cpu_capabilities().get('cpu_name', platform.machine())
     return dict(device=device.type,
                 processor=torch.cuda.get_device_name() if device.type == 'cuda' else processor,
                 instructions=torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512, ...
@@ -174,7 +177,7 @@ def evaluate_run(run, data_dir, device):
     """Recompute a run's accuracies from best.pt into evaluation.json, and draw its figures of images."""
     # The images that the run was validated on, and its weights
     config = run.config
-    train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, ())
+    train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, urls=())
     model = load_model(run.folder / 'best.pt', config.model, device)
 
     # What the model takes each of them for, and how sure it is
@@ -416,11 +419,11 @@ def result_cells(runs, columns=()):
     """
     config = runs[0].config
     return {
-        **{flag(name): as_given(getattr(config, name)) for name in columns},
+        **{flag(name): config.as_given(name) for name in columns},
         'Model': config.title,
         'Parameters': f'{sum(p.numel() for p in build_model(config, choose_device("cpu")).parameters()):,}',
         'Other options': ' '.join(
-            f'{flag(name)} {as_given(getattr(config, name))}'
+            f'{flag(name)} {config.as_given(name)}'
             for name in config.differences(SETTINGS[config.model]) if name not in columns),
         # Each machine once
         'Machine': '; '.join(dict.fromkeys(', '.join(map(str, run.machine.values())) for run in runs)),
@@ -475,13 +478,12 @@ def experiment_section(folder):
     # A curve and a row for each combination of the options that vary, in their order
     columns = varied_fields(groups)
     order = sorted(groups, key=lambda config: [getattr(config, name) for name in columns])
-    compared = {', '.join(as_given(getattr(config, name)) for name in columns): groups[config]
-                for config in order}
-    heading = f"validation accuracy by {', '.join(columns)}"
+    compared = {', '.join(config.as_given(name) for name in columns): groups[config] for config in order}
+    plotted = f"validation accuracy by {', '.join(columns)}"
     if compared:
-        plot_accuracy(compared, heading, folder / 'accuracy.png')
+        plot_accuracy(compared, plotted, folder / 'accuracy.png')
     if 'batch_size' in columns:  # it decides how long an epoch takes
-        plot_accuracy(compared, heading, folder / 'seconds.png', over='seconds')
+        plot_accuracy(compared, plotted, folder / 'seconds.png', over='seconds')
     heading, _, text = read_text(folder / 'README.md').strip().partition('\n')
     text, _, commands = text.partition('\n\n    ')  # the commands are indented
     return f"""

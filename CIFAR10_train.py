@@ -22,7 +22,6 @@ from CIFAR10_configuration import (
     Epoch,
     Run,
     UserError,
-    as_given,
     atomic_write,
     flag,
     parse_configuration,
@@ -32,6 +31,7 @@ from CIFAR10_configuration import (
 from CIFAR10_evaluation import (
     build_model,
     choose_device,
+    cpu_capabilities,
     describe_machine,
     evaluate,
     evaluate_and_report,
@@ -151,8 +151,8 @@ def find_run(name, config):
             if changed:
                 raise UserError(
                     f"{folder} is unfinished and was begun with {flag(changed[0])} "
-                    f"{as_given(getattr(run.config, changed[0]))}: repeat its options to continue it, or "
-                    "choose another --name.")
+                    f"{run.config.as_given(changed[0])}: repeat its options to continue it, or choose "
+                    "another --name.")
             print(f"Continuing {folder.relative_to(RESULTS)} at epoch {len(run.history) + 1} of "
                   f"{config.epochs}.")
             return run, checkpoint
@@ -255,8 +255,7 @@ def choose_precision(name, device):
     if device.type == 'cuda':
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # PyTorch 2.10 and newer tell what the CPU can do; one with AMX has this too.
-        native = getattr(torch.cpu, 'get_capabilities', dict)().get('avx512_bf16')
+        native = cpu_capabilities().get('avx512_bf16')  # a CPU with AMX has it too
     return 'bf16' if native else 'fp32'
 
 
