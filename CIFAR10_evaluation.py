@@ -247,7 +247,8 @@ def plot_accuracy(compared, heading, file, over='epoch'):
     axes.set(xlabel=over, ylabel='accuracy (%)', title=heading)
     axes.locator_params('x', integer=True)
     axes.grid(alpha=0.3)
-    axes.figure.legend(loc='outside lower center', ncols=2, fontsize='small')
+    axes.figure.legend(loc='outside lower center', fontsize='small',
+                       ncols=1 if max(map(len, compared)) > 30 else 2)  # long labels don't fit side by side
     save_figure(axes, file)
 
 
@@ -479,7 +480,7 @@ def experiment_section(folder):
     columns = varied_fields(groups)
     order = sorted(groups, key=lambda config: [getattr(config, name) for name in columns])
     compared = {', '.join(config.as_given(name) for name in columns): groups[config] for config in order}
-    plotted = f"validation accuracy by {', '.join(columns)}"
+    plotted = f"validation accuracy by\n{', '.join(columns)}"
     if compared:
         plot_accuracy(compared, plotted, folder / 'accuracy.png')
     if 'batch_size' in columns:  # it decides how long an epoch takes

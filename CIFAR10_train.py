@@ -85,7 +85,7 @@ def apply_max_norm(model, max_norm):
 def is_finished(run):
     """Whether all epochs are done, or `patience` of them after the last drop brought nothing better."""
     config, epochs = run.config, len(run.history)
-    if not run.history:
+    if epochs == 0:
         return False
     # Patience counts from the last drop on, as every drop brings a better epoch.
     last_drop = {'step': max(config.milestones) * config.epochs,
@@ -128,9 +128,8 @@ def load_checkpoint(file):
     """The Run that last.pt tells of, and all that it holds. Raises UserError where it is damaged."""
     checkpoint = load_file(file)
     try:
-        history = [Epoch(**row) for row in checkpoint['history']]
         config = Configuration.from_record(checkpoint['configuration'])
-        return Run(file.parent, config, {}, history), checkpoint
+        return Run(file.parent, config, {}, [Epoch(**row) for row in checkpoint['history']]), checkpoint
     except Exception:  # whatever is missing, if another program wrote the file
         raise UserError(f"{file} is no checkpoint of this program: train under another --name.") from None
 
@@ -196,14 +195,6 @@ def print_progress(line, done=False):
         print(f'\r{line:79}' if done else f'\r{line:79.79}', end='\n' if done else '', flush=True)
     elif done:
         print(line, flush=True)
-
-
-def print_device(device):
-    """Print what the training runs on."""
-    print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device.type}")
-    if shutil.which('nvidia-smi') and not torch.version.cuda:
-        print(f"PyTorch {torch.__version__} is built without CUDA, so this machine's NVIDIA GPU is not used: "
-              "pytorch.org has the command that installs one with it.")
 
 
 class Diverged(UserError):
@@ -381,7 +372,10 @@ def main():
         dist.init_process_group()
     if RANK > 0:
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one speaks for all
-    print_device(device)
+    print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device.type}")
+    if shutil.which('nvidia-smi') and not torch.version.cuda:
+        print(f"PyTorch {torch.__version__} is built without CUDA, so this machine's NVIDIA GPU is not used: "
+              "pytorch.org has the command that installs one with it.")
 
     # The finished runs of the group, if it is one (all names lie in one folder), by their configuration
     group = (RESULTS / next(iter(configs))).parent
