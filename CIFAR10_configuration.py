@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import namedtuple
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
@@ -162,7 +162,7 @@ MODELS_WITH = dict(model=['resnet32'],  # whose name is the default of --model
 # The lowest number that is allowed, where it is not 0, and the fields that must stay below 1
 LOWEST = dict(batch_size=1, hidden=1, epochs=1, patience=1,
               learning_rate=1e-12, milestones=1e-12, gamma=1e-12)
-SHARES = ('dropout', 'momentum', 'milestones', 'gamma')
+SHARES = 'dropout momentum milestones gamma'.split()
 
 
 def flag(name):
@@ -313,7 +313,7 @@ class Run:
     config: Configuration
     machine: dict
     history: list
-    repetitions: list = field(default_factory=list)  # for the report: this run and later ones like it
+    repetitions: list = ()  # for the report: this run and later ones like it
 
     @property
     def best(self):
@@ -353,6 +353,17 @@ class Run:
                        dict(record['machine']), history)
         except Exception as error:  # whatever a damaged record can raise
             raise UserError(f"{folder} holds no readable run ({error}): train it or move it.") from None
+
+
+def read_runs(folder=RESULTS):
+    """The runs in a folder, by name; those that can't be read are named and left out."""
+    runs = []
+    for file in sorted(folder.glob('*/config.json')):
+        try:
+            runs.append(Run.read(file.parent))
+        except UserError as error:
+            print_once(f"{error}")
+    return runs
 
 
 def atomic_write(file, content):

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -17,16 +18,16 @@ import zipfile
 from dataclasses import replace
 from glob import glob
 from html import escape
-from itertools import combinations, pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import cycler, rcParams, style
+from matplotlib import style
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 
 from CIFAR10_configuration import (
     FIELDS,
@@ -43,9 +44,10 @@ from CIFAR10_configuration import (
     flag,
     path_of_run,
     print_once,
+    read_runs,
     run_script,
 )
-from dataset import CLASSES, crop_and_flip, data_load, normalize
+from dataset import CLASSES, data_load, normalize
 from LeNet5_model import LeNet5_model
 from MLP_model import MLP_model
 from ResNet_model import BLOCKS, ResNet
@@ -177,33 +179,41 @@ def evaluate_run(run, data_dir, device):
     """Recompute a run's accuracies from best.pt into evaluation.json, and draw its figures of images."""
     # The images that the run was validated on, and its weights
     config = run.config
-    train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, urls=())
+    _, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, urls=())
     model = load_model(run.folder / 'best.pt', config.model, device)
 
-    # What the model takes each of them for, and how sure it is
+    # What the model takes each of them for: of each class the share that it takes for each class
     images, labels = val_data.tensors
-    confidence, predicted = predict(model, images).softmax(1).max(1)
+    probability = predict(model, images).softmax(1)
+    predicted, names = probability.argmax(1), CLASSES[config.dataset]
     found = {'accuracy': (predicted == labels).sum().item() / len(labels) * 100}
+    for (true, name), (other, taken) in product(enumerate(names), repeat=2):
+        found[f'{name} as {taken}'] = (predicted[labels == true] == other).double().mean().item() * 100
     if config.holdout:
         # The test images were used to choose neither these weights nor the hyperparameters.
         test_data = data_load(config.dataset, data_dir, device=device, urls=())[1]
         found['test_accuracy'] = evaluate(model, test_data)[1]
+    # The images to whose class it gives the lowest probability
+    hardest = probability[range(len(labels)), labels].argsort()[:8]
+    found['mistakes'] = ', '.join(f'{names[predicted[i]]} ({names[labels[i]]})' for i in hardest)
     atomic_write(run.folder / 'evaluation.json', json.dumps(found).encode())
     print(f"{run.folder.relative_to(RESULTS)}: {found['accuracy']:.2f} % recomputed, "
           f"{run.accuracy:.2f} % recorded.")
 
-    plot_confusion(run, labels, predicted)
-    plot_mistakes(run, images, labels, predicted, confidence)
-    plot_samples(run, *train_data.tensors)
+    # Pictures: the weights of the first layer's units or filters, 32 at most, show what it looks for.
+    weights = next(model.parameters()).detach()[:32]
+    side = math.isqrt(weights[0].numel() // 3)
+    save_images(weights.reshape(-1, 3, side, side), run.folder / 'weights.png')
+    save_images(images[hardest], run.folder / 'mistakes.png')
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Figures
 
-# Ten colours that the colour-blind tell apart; the next ten curves are dashed.
-style.use(['tableau-colorblind10', {'axes.titlesize': 'medium', 'figure.figsize': (5.5, 4.5),
-                                    'figure.dpi': 130, 'figure.constrained_layout.use': True}])
-rcParams['axes.prop_cycle'] = cycler(linestyle=['-', '--']) * rcParams['axes.prop_cycle']
+# Drawn at the size at which the report shows it, in colours that differ in grey print too
+style.use({'figure.constrained_layout.use': True, 'figure.dpi': 192, 'font.size': 9,
+           'axes.titlesize': 'medium', 'legend.fontsize': 8, 'legend.title_fontsize': 8, 'axes.prop_cycle':
+           "cycler('color', ['1b2f6b', 'e8590c', '7fc8f8', '2b8a3e', 'b46bd6', 'b59f00'])"})
 
 
 def drop_epochs(run):
@@ -220,88 +230,69 @@ def save_figure(axes, file):
         print_once(f"{file} stays as it was ({error.strerror}): close it elsewhere and evaluate again.")
 
 
-def plot_accuracy(compared, heading, file, over='epoch'):
-    """Plot validation accuracy over epochs or seconds; of a single curve also what else there is to see.
-
-    compared has the runs of each curve, which differ only in their seed, by its label.
-    """
-    axes = Figure().subplots()
-    for label, runs in compared.items():
-        # The mean over the seeds with a band of one deviation, for the epochs that all of them have
-        values = np.array(list(zip(*(run.history for run in runs))))  # (epochs, seeds, columns)
-        mean = Epoch(*values.mean(1).T)
-        deviation = Epoch(*values.std(1, ddof=len(runs) > 1).T).val_accuracy  # a single seed has none
-        x, y = getattr(mean, over), mean.val_accuracy
-        axes.plot(x, y, label=label)
-        axes.fill_between(x, y - deviation, y + deviation, alpha=0.2)
-    # Of a single curve there is room for training, early stopping and drops of the learning rate.
-    if len(compared) == 1:
-        axes.plot(x, mean.train_accuracy, 'C0-', linewidth=0.6, label='training')
-        best = Epoch(*np.mean([run.best for run in runs], 0))
-        axes.plot(getattr(best, over), best.val_accuracy, 'k*', label='early stopping')
-        axes.set_ylim(0, 105)  # the settings are compared on one scale
-        drops = drop_epochs(runs[0])
-        if drops:
-            axes.vlines(drops, 0, 105, 'grey', 'dotted', label='the learning rate drops')
-    # Axes in whole numbers, and the legend below, where it hides no curve
-    axes.set(xlabel=over, ylabel='accuracy (%)', title=heading)
-    axes.locator_params('x', integer=True)
+def finish(axes, file, title, ylabel, heading=None):
+    """Label a plot over epochs, put its legend below, or at the right if it has a heading, and save it."""
+    axes.set(xlabel='epoch', ylabel=ylabel, title=title)
+    axes.locator_params('x', integer=True)  # no epoch 1.5
     axes.grid(alpha=0.3)
-    axes.figure.legend(loc='outside lower center', fontsize='small',
-                       ncols=1 if max(map(len, compared)) > 30 else 2)  # long labels don't fit side by side
+    place = 'outside right upper' if heading else 'outside lower center'
+    axes.figure.legend(title=heading, loc=place, ncols=1 if heading else 3)
     save_figure(axes, file)
 
 
-def plot_confusion(run, labels, predicted):
-    """Plot how many images of each true class (rows) were taken for each class (columns)."""
-    count = (labels * 10 + predicted).bincount(minlength=100).view(10, 10).cpu()
-    names = CLASSES[run.config.dataset]
-    axes = Figure(figsize=(6.5, 6)).subplots()
-    # The root shows rare confusions too; half transparent it is no darker than black digits need.
-    axes.imshow(count.sqrt().numpy(), cmap='Blues', alpha=0.5)
-    axes.set_xticks(range(10), names, rotation=45, ha='right')
-    axes.set_yticks(range(10), names)
-    axes.set(xlabel='predicted class', ylabel='true class', title=f"{run.config.title}, validation images")
-    # The numbers, but for the zeros
-    for y, x in count.nonzero().tolist():
-        axes.text(x, y, f'{count[y, x]}', ha='center', va='center', fontsize=8)
-    save_figure(axes, run.folder / 'confusion.png')
+def plot_accuracy(compared, file, options=()):
+    """Plot validation accuracy over epochs; of a single curve also what else there is to see.
+
+    compared has the runs of each curve, which differ only in their seed, by its label: a tuple of texts, the
+    values of the options, of which the first decides the colour and the others decide the dashes.
+    """
+    single = len(compared) == 1
+    axes = Figure(figsize=(4, 3.3) if single else (4.7, 2.4)).subplots()
+    colours, dashes = {}, {}
+    for (first, *others), runs in compared.items():
+        # The mean over the seeds, for the epochs that all of them have
+        mean = Epoch(*np.mean(list(zip(*(run.history for run in runs))), 1).T)
+        # A value that is new gets the next colour, or the next dashes.
+        colour = colours.setdefault(first, f'C{len(colours)}')
+        dash = dashes.setdefault(', '.join(others), 'k- k-- k: k-.'.split()[len(dashes) % 4])
+        axes.plot(mean.epoch, mean.val_accuracy, colour + dash[1:])
+    # The legend has each colour and each kind of dashes once.
+    for label, look in [*colours.items(), *dashes.items()]:
+        axes.plot([], [], look, label=label)
+    if not single:
+        # It says which option is which.
+        heading = 'colour: ' + '\ndashes: '.join(options)
+        return finish(axes, file, 'validation accuracy', 'accuracy (%)', heading)
+    # Of a single curve there is room for training, early stopping and drops of the learning rate.
+    axes.plot(mean.epoch, mean.train_accuracy, 'C0', linewidth=0.6, label='training')
+    best = Epoch(*np.mean([run.best for run in runs], 0))
+    axes.plot(best.epoch, best.val_accuracy, 'k*', label='early stopping')
+    drops = drop_epochs(runs[0])
+    if drops:
+        axes.vlines(drops, 0, 105, 'grey', 'dotted', label='learning rate drops')
+    axes.set_ylim(0, 105)  # the settings are compared on one scale
+    finish(axes, file, describe(runs), 'accuracy (%)')
 
 
-def plot_images(run, name, images, columns, heading):
-    """Plot uint8 images (N, 3, 32, 32) in rows, with a text below each column, to <name>.png."""
-    grid = make_grid(images, nrow=len(columns), pad_value=255).cpu()  # with white borders of 2 pixels
-    _, height, width = grid.shape
-    axes = Figure(figsize=(width / 30, height / 30 + 1)).subplots()
-    axes.imshow(grid.permute(1, 2, 0).numpy())
-    axes.set_xticks(range(18, width, 34), columns, fontsize=8)  # the middle of each image
-    axes.set(yticks=[], title=f"{run.config.title}, {heading}")
-    save_figure(axes, run.folder / f'{name}.png')
+def plot_loss(run):
+    """Plot a run's losses, and on an axis of its own the learning rate, to loss.png."""
+    history = Epoch(*zip(*run.history))
+    axes = Figure(figsize=(4, 2.3)).subplots()
+    # The learning rate has an axis of its own, at the right.
+    rate = axes.twinx()
+    rate.plot(history.epoch, history.learning_rate, 'k:', label='learning rate')
+    rate.set_ylabel('learning rate')
+    # Thick and thin as in the plot of the accuracy
+    axes.plot(history.epoch, history.val_loss, label='validation')
+    axes.plot(history.epoch, history.train_loss, 'C0', linewidth=0.6, label='training')
+    finish(axes, run.folder / 'loss.png', run.config.title, 'loss')
 
 
-def plot_mistakes(run, images, labels, predicted, confidence):
-    """Plot the validation images of which the model was surest and wrong, at most eight."""
-    names = CLASSES[run.config.dataset]
-    # The surest ones first, of these the wrong ones
-    surest = confidence.argsort(descending=True)
-    wrong = surest[(predicted != labels)[surest]][:8]
-    texts = [f"{names[labels[i]]},\ntaken for\n{names[predicted[i]]}\n({confidence[i]:.0%} sure)"
-             for i in wrong]
-    if texts:
-        plot_images(run, 'mistakes', images[wrong], texts, "its surest mistakes")
-
-
-def plot_samples(run, images, labels):
-    """Plot a training image of each class, and three augmented versions of it."""
-    # The first image of each class that there is, and each of them three times
-    classes, first = np.unique(labels.cpu(), return_index=True)
-    samples = images[first].cpu()
-    copies = samples.repeat(3, 1, 1, 1)
-    torch.manual_seed(0)  # the same figure each time
-    augmented = crop_and_flip(copies, torch.randint(0, 9, (len(copies), 2)), torch.rand(len(copies)) < 0.5)
-    plot_images(run, 'samples', torch.cat([samples, augmented]),
-                [CLASSES[run.config.dataset][label] for label in classes],
-                f"training images; below them crops and flips (augmentation {run.config.augmentation})")
+def save_images(images, file):
+    """Write images (N, 3, S, S), each from its lowest value to its highest, to a PNG file, eight in a row."""
+    # 94 pixels and a border of 2 make a row of eight as wide as a plot.
+    large = torch.nn.functional.interpolate(images.float(), 94)
+    save_image(large, file, normalize=True, scale_each=True, pad_value=1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -309,44 +300,41 @@ def plot_samples(run, images, labels):
 
 HTML_HEAD = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>CIFAR-10 Evaluation Report</title>
+<meta name="viewport" content="width=device-width">
 <style>
-body { font: 15px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
+body { font: 15px/1.4 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; width: 100%; font-size: 13px }
-.small table { font-size: 11px }
-p.small { font-size: 12px; color: #555; margin: 4px 0 }
-pre { font-size: 11px; white-space: pre-wrap; margin: 4px 0 2em }
 td { border: 1px solid #888; padding: 4px; text-align: center }
 thead { background: #eee }
-h1 { margin: 0 }
-h1 + p, thead, td:first-child, td[title^=Accuracy] { font-weight: bold }
-.row { display: flex; flex-wrap: wrap; gap: 8px }
-figure { flex: 1 1 300px; margin: 8px 0 } .row figure { max-width: 560px } img { max-width: 100% }
-@media screen and (max-width: 800px) { /* a row is a card, with the column's title beside each cell */
-  thead, td:empty { display: none }
-  table, tbody, tr { display: block; margin-bottom: 1em }
-  td { display: flex; justify-content: space-between; gap: 2em; text-align: right }
-  td::before { content: attr(title); font-weight: normal; text-align: left }
+thead, h1 + p, h1 + p + table td:is(:first-child, :last-child), .best { font-weight: bold }
+h1, figure { margin: 0 }
+h3 { margin: 12px 0 0 } h3 + p { margin: 2px 0 6px } section h2 { margin: 20px 0 8px }
+.small { font-size: 12px } pre { font-size: 11px } pre, .small { color: #555; margin: 2px 0; white-space: pre-wrap }
+img { max-width: 100% }
+figcaption { display: none; font-size: 12px } .pixels figcaption { display: block }
+.row { display: flex; flex-wrap: wrap; gap: 16px; align-items: start; margin-bottom: 4px }
+/* tables of results: lines only, numbers aligned, a bar from 0 to 100 % behind each accuracy */
+.results { flex: 1 0 340px; max-width: 100% }
+.results table { font-size: 12px; font-variant-numeric: tabular-nums }
+.results td { border-width: 0 0 1px; padding: 3px 4px; text-align: right }
+.results tbody td, td[title^='--'] { white-space: nowrap }
+.results td[style] { background: linear-gradient(90deg, #cfe3f3 var(--bar), transparent 0); text-align: left;
+  print-color-adjust: exact }
+@media screen and (max-width: 800px) { /* the slides' rows as cards: beside each cell its column's title */
+  p + table thead, p + table td:empty { display: none }
+  p + table, p + table tbody, p + table tr { display: block; margin-bottom: 1em }
+  p + table td { display: flex; justify-content: space-between; gap: 2em; text-align: right }
+  p + table td::before { content: attr(title); font-weight: normal; text-align: left }
+  .results { overflow-x: auto; flex-basis: 100% }
 }
 @page { size: A4 landscape; margin: 1cm }
 @media print {
-  body { font-size: 11px; margin: 0 } table { font-size: 9px } .small table { font-size: 8px }
-  pre + h3, p.small + h3 { break-before: page } /* each experiment on its own page */
-  h2, h3 { break-after: avoid } img, figure, tr { break-inside: avoid }
-  img { max-height: 6.3cm } div.small ~ .row img { max-height: 9cm }
+  body { font-size: 11px; margin: 0 } table, .results table { font-size: 9px } pre, .small { font-size: 8px }
+  h2, h3 { break-after: avoid } section, figure, tr { break-inside: avoid } .results td { padding: 1px 4px }
+  img { max-height: 6.3cm } section img { max-height: 4cm } .pixels img { max-width: 7cm }
 }
 </style>
 """
-
-
-def read_runs(folder=RESULTS):
-    """The runs in a folder, by name; those that can't be read are named and left out."""
-    runs = []
-    for file in sorted(folder.glob('*/config.json')):
-        try:
-            runs.append(Run.read(file.parent))
-        except UserError as error:
-            print_once(f"{error}")
-    return runs
 
 
 def group_seeds(runs):
@@ -357,7 +345,7 @@ def group_seeds(runs):
     groups = {}
     for run in runs:
         seeds = groups.setdefault(replace(run.config, seed=0), {})
-        seeds.setdefault(run.config.seed, run).repetitions.append(run)
+        seeds.setdefault(run.config.seed, replace(run, repetitions=[])).repetitions.append(run)
     return {config: list(seeds.values()) for config, seeds in groups.items()}
 
 
@@ -376,11 +364,6 @@ def mean_std(numbers):
     return f"{statistics.mean(numbers):.2f}{spread}"
 
 
-def minutes(runs):
-    """The minutes that each run took, as text."""
-    return ', '.join(f'{run.last.seconds / 60:.1f}' for run in runs)
-
-
 def setting_cells(runs):
     """The row of the slides' table, a dict by column, of runs that differ only in their seed."""
     run = runs[0]
@@ -397,150 +380,219 @@ def setting_cells(runs):
         'Momentum': f'{config.momentum:g}',
         'Weight decay': config.weight_decay or 'X',
         'LR decay': f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay,
-        'training time (m)': minutes(runs),
+        'training time (m)': ', '.join(f'{run.last.seconds / 60:.1f}' for run in runs),
         'Early stopping epoch': ', '.join(f'{run.best.epoch:.0f}' for run in runs),
         'Accuracy': f"{mean_std([run.accuracy for run in runs])} %"
                     f"{f' ({len(runs)} seeds)' if len(runs) > 1 else ''}",
     }
 
 
-def recomputed(run):
-    """What evaluate_run found, as text: the accuracy, of held-out runs also that on the test images."""
-    try:
-        found = json.loads((run.folder / 'evaluation.json').read_text())
-        return ' and '.join(f'{name} {value:.2f} %' for name, value in found.items())
-    except Exception:  # it was not evaluated yet, or its record is damaged
-        return "not yet"
+def recomputed(runs, name, join=mean_std):
+    """What evaluate_run found of that name, its mean as text; '' where it has not evaluated all runs yet."""
+    with contextlib.suppress(Exception):  # there is no such record, or a damaged one
+        return join([json.loads((run.folder / 'evaluation.json').read_text())[name] for run in runs])
+    return ''
 
 
-def result_cells(runs, columns=()):
-    """How runs that differ only in their seed were made and what came out, a dict by column.
+def reruns(runs):
+    """The later runs of the same configuration and seed, and by how many points they differ, as text."""
+    return ', '.join(f'{rerun.folder.name} {rerun.accuracy:.2f} % ({rerun.accuracy - run.accuracy:+.2f})'
+                     for run in runs for rerun in run.repetitions[1:])
 
-    The fields in columns have one of their own; the other options are those that differ from the setting's.
-    """
+
+def result_cells(runs, options):
+    """How runs that differ only in their seed were made and what came out, a dict by column."""
     config = runs[0].config
     return {
-        **{flag(name): config.as_given(name) for name in columns},
         'Model': config.title,
-        'Parameters': f'{sum(p.numel() for p in build_model(config, choose_device("cpu")).parameters()):,}',
-        'Other options': ' '.join(
-            f'{flag(name)} {config.as_given(name)}'
-            for name in config.differences(SETTINGS[config.model]) if name not in columns),
-        # Each machine once
-        'Machine': '; '.join(dict.fromkeys(', '.join(map(str, run.machine.values())) for run in runs)),
-        'Minutes': minutes(runs),
-        'Epochs': ', '.join(f'{len(run.history)}' for run in runs),
-        'Accuracy at early stopping': f'{mean_std([run.accuracy for run in runs])} %',
-        'In the last epoch': f'{mean_std([run.last.val_accuracy for run in runs])} %',
-        'On the training images, while training': f'{mean_std([run.last.train_accuracy for run in runs])} %',
-        'Recomputed from the best weights': ', '.join(map(recomputed, runs)),
-        'Reruns': ', '.join(
-            f'{rerun.folder.name} {rerun.accuracy:.2f} % ({rerun.accuracy - run.accuracy:+.2f})'
-            for run in runs for rerun in run.repetitions[1:]),
+        **{flag(name): config.as_given(name) for name in options},
+        'Parameters': f'{sum(p.numel() for p in build_model(config, torch.device("cpu")).parameters()):,}',
+        'Seeds': len(runs),
+        '--epochs': f'{statistics.mean(len(run.history) for run in runs):g}',
+        'Machine': ', '.join(dict.fromkeys(run.machine.get('processor', '') for run in runs)),
+        'Minutes': f'{statistics.mean(run.last.seconds for run in runs) / 60:.1f}',
+        'Validation (%)': mean_std([run.accuracy for run in runs]),
+        'Last epoch (%)': mean_std([run.last.val_accuracy for run in runs]),
+        'Training (%)': mean_std([run.last.train_accuracy for run in runs]),
+        'Test (%)': recomputed(runs, 'test_accuracy'),
+        'Reruns': reruns(runs),
     }
 
 
-def html_table(rows, hidden=()):
-    """HTML of a table from its rows, dicts by column; each cell has its column as its title."""
-    header = {column: column for row in rows for column in row if column not in hidden}
+def html_cell(column, value):
+    """HTML of a cell, which has its column as its title; behind an accuracy the style sheet draws a bar."""
+    bar = f' style="--bar: {value.partition(" ")[0]}%"' if column.endswith('(%)') else ''
+    return f'<td title="{escape(column)}"{bar}>{escape(str(value))}</td>'
+
+
+def html_table(rows, hidden=(), best=None):
+    """HTML of a table from its rows, dicts by column, without the hidden columns; the best row is bold."""
+    # A setting that was not trained yet has few cells, the others have all.
+    columns = [column for column in max(rows, key=len) if column not in hidden]
 
     def html_row(row):
-        cells = (f'<td title="{escape(column)}">{escape(str(row.get(column, "")))}</td>' for column in header)
-        return f"<tr>{''.join(cells)}</tr>"
+        cells = ''.join(html_cell(column, row.get(column, '')) for column in columns)
+        return f'<tr class="{"best" if row is best else ""}">{cells}</tr>'
 
-    return f"<table><thead>{html_row(header)}</thead>{''.join(map(html_row, rows))}</table>"
-
-
-def html_picture(file):
-    """HTML that holds a PNG file itself; nothing where there is none."""
-    if not file.exists():
-        return ''
-    data = base64.b64encode(file.read_bytes()).decode()
-    return f"<figure><img src='data:image/png;base64,{data}'></figure>"
+    return f"""<table><thead>{html_row(dict(zip(columns, columns)))}</thead>
+{''.join(map(html_row, rows))}</table>"""
 
 
 def html_comparison(rows):
     """HTML of a table with the columns in which the rows differ; what all share stands once below it."""
-    shared = [column for column in rows[0] if len(rows) > 1 and len({row[column] for row in rows}) == 1]
-    return f"""{html_table(rows, shared)}
-<p class="small">{escape('; '.join(f'{name}: {rows[0][name]}' for name in shared if rows[0][name]))}</p>"""
+    # The columns with one value; of a single row these are the empty ones.
+    first = rows[0]
+    shared = [column for column in first
+              if len({row[column] for row in rows}) == 1 and (rows[1:] or not first[column])]
+    facts = '; '.join(f'{column}: {first[column]}' for column in shared if first[column])
+    # "93.40 ± 0.14" begins with the mean.
+    best = max(rows, key=lambda row: float(row['Validation (%)'].split()[0]))
+    return f"""<div class="results">{html_table(rows, shared, best)}
+<p class="small">{escape(facts)}</p></div>"""
 
 
-def varied_fields(configs):
-    """The fields in which configurations of one model differ, and 'model' where there are several models."""
-    return [name for name in FIELDS
-            if any(getattr(one, name) != getattr(other, name) for one, other in combinations(configs, 2)
-                   if name == 'model' or one.model == other.model)]
+def describe(runs):
+    """Model, accuracy and epochs of runs that differ only in their seed."""
+    accuracy = statistics.mean(run.accuracy for run in runs)
+    return f"{runs[0].config.title}: {accuracy:.1f} % in {len(runs[0].history)} epochs"
 
 
-def experiment_section(folder):
-    """HTML on a group of runs: the text in its README.md, a figure, and a table of what differs."""
-    groups = group_seeds(read_runs(folder))
-    # A curve and a row for each combination of the options that vary, in their order
-    columns = varied_fields(groups)
-    order = sorted(groups, key=lambda config: [getattr(config, name) for name in columns])
-    compared = {', '.join(config.as_given(name) for name in columns): groups[config] for config in order}
-    plotted = f"validation accuracy by\n{', '.join(columns)}"
-    if compared:
-        plot_accuracy(compared, plotted, folder / 'accuracy.png')
-    if 'batch_size' in columns:  # it decides how long an epoch takes
-        plot_accuracy(compared, plotted, folder / 'seconds.png', over='seconds')
+def html_picture(file, words):
+    """HTML that holds a PNG file itself, and tells in words what it shows; nothing where there is none."""
+    if not file.exists():
+        return ''
+    data = base64.b64encode(file.read_bytes()).decode()
+    return f"""<figure><img srcset="data:image/png;base64,{data} 2x" alt="{escape(words)}">
+<figcaption>{escape(words)}</figcaption></figure>"""
+
+
+def html_row(shown, name):
+    """HTML of the pictures of that name, side by side, that the settings shown have."""
+    pictures = [html_picture(runs[0].folder / f'{name}.png', f'{name}, {describe(runs)}') for runs in shown]
+    return f'<div class="row">{"".join(pictures)}</div>'
+
+
+def experiment_section(folder, groups, top):
+    """HTML on groups of runs: the text in their folder's README.md, a figure, and a table of what differs.
+
+    groups and top have lists of runs, which differ only in their seed, by their configuration.
+    """
+    # What differs from the settings; where it is one option, the settings themselves belong to the group.
+    settings = [SETTINGS[config.model] for config in groups]
+    options = [name for name in FIELDS
+               if any(name in config.differences(setting) for config, setting in zip(groups, settings))]
+    if len(options) == 1:
+        groups = groups | {setting: top[setting] for setting in settings if setting in top}
+
+    # A curve and a row for each combination of values, in their order
+    names = ['model', *options]
+    order = sorted(groups, key=lambda config: [getattr(config, name) for name in names])
+    varied = [name for name in names if len({getattr(config, name) for config in groups}) > 1]
+    compared = {tuple(map(config.as_given, varied)) or ('validation',): groups[config] for config in order}
+    plot_accuracy(compared, folder / 'accuracy.png', varied)
+    # What the figure shows, for those who can't see it
+    words = '; '.join(f"{', '.join(label)}, {describe(runs)}" for label, runs in compared.items())
+    rows = [result_cells(runs, options) for runs in compared.values()]
+
+    # A line with the finding, a text, and the commands that train the group
     heading, _, text = read_text(folder / 'README.md').strip().partition('\n')
-    text, _, commands = text.partition('\n\n    ')  # the commands are indented
-    return f"""
-<h3>{escape(heading.strip('# ') or folder.name)}</h3>
+    text, _, commands = text.partition('\n\n    ')  # they are indented
+    return f"""<section>
+<h3>{escape(heading.strip('# ') or folder.relative_to(RESULTS).as_posix())}</h3>
 <p>{escape(text)}</p>
-<div class="row">{html_picture(folder / 'accuracy.png')}{html_picture(folder / 'seconds.png')}</div>
-{html_comparison([result_cells(runs, columns) for runs in compared.values()]) if compared else ''}
-{f'<pre>    {escape(commands)}</pre>' if commands else ''}
+<div class="row">{html_picture(folder / 'accuracy.png', words)}{html_comparison(rows)}</div>
+<pre>{escape(commands.replace('    ', ''))}</pre>
+</section>
 """
 
 
-def report_order(config):
-    """By model; of each first what is nearest to its setting, and real images before synthetic ones."""
-    differences = config.differences(SETTINGS[config.model])
-    return MODELS.index(config.model), config.dataset, len(differences), str(config)
+def html_models(shown):
+    """HTML on how the settings were measured, how they learned, what they look for and where they are wrong.
+
+    shown has a list of runs, which differ only in their seed, for each setting.
+    """
+    # The slides' table has no room for parameters, last epochs and recomputed accuracies.
+    measured = [result_cells(runs, []) | {'Recomputed (%)': recomputed(runs, 'accuracy')} for runs in shown]
+    # Of each class how often each model is right, and what the last one, the deepest net, takes it for
+    last = shown[-1][:1]
+    names = CLASSES[last[0].config.dataset]
+    classes = [{'Class': name,
+                **{f'{runs[0].config.title} (%)': recomputed(runs[:1], f'{name} as {name}')
+                   for runs in shown},
+                **{f'as {other} (%)': recomputed(last, f'{name} as {other}') for other in names}}
+               for name in names]
+    return f"""
+<section><h2>How the accuracies were measured</h2>
+{html_comparison(measured)}
+<p class="small">Validation: on the test images, or on as many training images as --holdout says, in the best
+epoch (early stopping). Training: on the images as augmented, in the last epoch. Recomputed: from the best
+weights. Of several seeds the mean ± standard deviation. The best row is bold.</p></section>
+<section><h2>How the models learned, and what their first layers look for</h2>
+{html_row(shown, 'loss')}
+<p class="small">The weights of the first layer as pictures, each from its lowest to its highest: a unit of an
+MLP looks at a whole image, a filter of a convolution at a few pixels, everywhere in the image.</p>
+<div class="pixels">{html_row(shown, 'weights')}</div></section>
+<section><h2>Which classes are hard</h2>
+<p class="small">The share of each class that a model gets right; what the last one takes it for</p>
+<div class="results">{html_table(classes)}</div>
+<div class="row pixels">{html_row(shown[-1:], 'mistakes')}</div>
+<p class="small">What it takes them for (and what they are):
+{escape(recomputed(last, 'mistakes', ''.join))}</p>
+</section>
+"""
+
+
+def html_settings(shown):
+    """HTML on the three settings: table and plots as the slides want them, summary, and what else is known.
+
+    shown has a list of runs, which differ only in their seed, for each model that was trained.
+    """
+    # A row for each setting, which is empty before it is trained
+    table = [{'': f'Setting #{number}',
+              **(setting_cells(shown[model]) if model in shown else {'Model': SETTINGS[model].title})}
+             for number, model in enumerate(MODELS, 1)]
+    shown = [shown[model] for model in MODELS if model in shown]
+    # Plots of their runs, and whether one that was repeated came out the same
+    for runs in shown:
+        plot_accuracy({('validation',): runs}, runs[0].folder / 'accuracy.png')
+        plot_loss(runs[0])
+        if reruns(runs):
+            print(f"{runs[0].folder.name} was repeated: {reruns(runs)}.")
+    # The summary that a person wrote
+    paragraphs = read_text(RESULTS / 'README.md').split('\n\n')
+    return f"""
+<h1>CIFAR-10 Evaluation Report</h1>
+<p>Validation accuracy, of several seeds the mean ± standard deviation:
+{', '.join(f"{row['Model']} {row['Accuracy']}" for row in table if 'Accuracy' in row)}</p>
+{html_table(table)}
+<h2>Validation dataset accuracy plot</h2>
+{html_row(shown, 'accuracy')}
+<h2>Summary [결과 정리]</h2>
+{''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs if paragraph)}
+{html_models(shown)}"""
 
 
 def write_report():
     """Write results/report.html, a single file with all figures inside, of all that is in results/."""
-    # The runs nearest to each setting are its row in the slides' table; all runs are in the last table.
-    groups = group_seeds(read_runs())
-    shown, measured = {}, []
-    for config in sorted(groups, key=report_order):
-        runs = groups[config]
-        shown.setdefault(config.model, runs)
-        plot_accuracy({'validation': runs}, config.title, runs[0].folder / 'accuracy.png')
-        cells = {'Run': runs[0].folder.name, **result_cells(runs)}
-        measured.append(cells)
-        if cells['Reruns']:
-            print(f"{cells['Run']} was repeated: {cells['Reruns']}.")
-    settings = [{'': f'Setting #{MODELS.index(model) + 1}',
-                 **(setting_cells(shown[model]) if model in shown else {'Model': SETTINGS[model].title})}
-                for model in MODELS]
-    folders = [RESULTS, *(runs[0].folder for runs in shown.values())]
-    # The texts that people wrote, and the folders of folders with runs
-    paragraphs = read_text(RESULTS / 'README.md').split('\n\n')
-    experiments = sorted({file.parent.parent for file in RESULTS.glob('*/*/**/config.json')})
-    if not measured and not experiments:
+    # The runs in each folder, those in results/ itself first
+    found = {folder: read_runs(folder)
+             for folder in sorted({file.parent.parent for file in RESULTS.glob('*/**/config.json')})}
+    # The settings' runs of other seeds count wherever they lie.
+    settings = SETTINGS.values()
+    top = group_seeds(run for folder, runs in found.items() for run in runs
+                      if folder == RESULTS or replace(run.config, seed=0) in settings)
+    # Of each model the setting's runs stand in the slides' table, or those of its plain name.
+    shown = {config.model: runs for config, runs in top.items()
+             if config in settings or runs[0].folder == RESULTS / config.model}
+    # Each run that is none of the settings' has a section, and each folder of such runs.
+    experiments = {runs[0].folder: {config: runs} for config, runs in top.items()}
+    experiments |= {folder: group_seeds(runs) for folder, runs in found.items() if folder != RESULTS}
+    if not any(found.values()):
         raise UserError(f"There are no runs in {RESULTS.absolute()}: train one, or go where they are.")
-    # The pictures at the end are of the last one, the deepest net.
-    atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}
-<h1>CIFAR-10 Evaluation Report</h1>
-<p>Validation accuracy, of several seeds the mean ± standard deviation:
-{', '.join(f"{row['Model']} {row['Accuracy']}" for row in settings if 'Accuracy' in row)}</p>
-{html_table(settings)}
-<h2>Validation dataset accuracy plot</h2>
-<div class="row">{''.join(html_picture(folder / 'accuracy.png') for folder in folders)}</div>
-<h2>Summary [결과 정리]</h2>
-{''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs if paragraph)}
-{'<h2>Additional experiments</h2>' if experiments else ''}
-{''.join(map(experiment_section, experiments))}
-{'<h2>How the accuracies were measured</h2>' if measured else ''}
-{f'<div class="small">{html_comparison(measured)}</div>' if measured else ''}
-<div class="row">{html_picture(folders[-1] / 'confusion.png')}
-{html_picture(folders[-1] / 'samples.png')}</div>
-{html_picture(folders[-1] / 'mistakes.png')}</html>
+    sections = [experiment_section(folder, groups, top) for folder, groups in experiments.items()
+                if groups.keys() - settings]
+    atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}{html_settings(shown) if shown else ''}
+{'<h2>Additional experiments</h2>' if sections else ''}{''.join(sections)}</html>
 """.encode(errors='replace'))
 
 

@@ -26,6 +26,7 @@ from CIFAR10_configuration import (
     flag,
     parse_configuration,
     print_once,
+    read_runs,
     run_script,
 )
 from CIFAR10_evaluation import (
@@ -36,7 +37,6 @@ from CIFAR10_evaluation import (
     evaluate,
     evaluate_and_report,
     load_file,
-    read_runs,
 )
 from dataset import data_load, training_batches
 

@@ -45,15 +45,13 @@ class SlidesLeNet5(LeNet5_model):
 
 
 def slides_model(config):
-    """The network as the slides have it: padding before pooling, its dropout PyTorch's."""
+    """The network as the slides have it: padding before pooling."""
     if config.model == 'lenet5':
         return SlidesLeNet5(config.activation, config.initialization)
     model = build_model(config, torch.device('cpu')) if config.model == 'mlp' else ResNet32_model()
     for m in list(model.modules()):
         if isinstance(m, IdentityPadding):
             m.forward = lambda x, m=m: m.pooling(F.pad(x, [0, 0, 0, 0, 0, m.add_channels]))
-        if isinstance(m, nn.Dropout):
-            m.__class__ = nn.Dropout
     return model
 
 

@@ -23,7 +23,7 @@ def read_report(folder):
     """The report's text, and the cells of each row of its tables."""
     text = (folder / 'results' / 'report.html').read_text(encoding='utf-8')
     return text, [[html.unescape(cell) for cell in re.findall('<td title=".*?">(.*?)</td>', row)]
-                  for row in re.findall('<tr>(.*?)</tr>', text)]
+                  for row in re.findall('<tr.*?>(.*?)</tr>', text)]
 
 
 def accuracy_on_test_images(model):
@@ -57,8 +57,8 @@ def test_report_is_one_file_that_says_it_is_not_cifar10(trained):
     assert not re.search(r'(src|href)=.(?!data:)', report) and report.count('data:image/png;base64,') >= 6
     first = re.search('<p>Validation accuracy(.*?)</p>', report, re.DOTALL)[1]
     assert first.count('(synthetic, NOT CIFAR-10)') == first.count(' %') == 3 and '[결과 정리]' in report
-    recomputed = re.findall('<td title="Recomputed[^>]*>accuracy ([^<]* %)</td>', report)
-    assert recomputed == [best(trained[1][model])[0] for model in SETTINGS]
+    _, *recomputed = re.findall('<td title="Recomputed[^>]*>([^<]*)</td>', report)
+    assert [f'{number} %' for number in recomputed] == [best(trained[1][model])[0] for model in SETTINGS]
 
 
 def test_a_report_without_any_runs_is_refused(tmp_path):
@@ -69,37 +69,56 @@ def test_a_report_without_any_runs_is_refused(tmp_path):
 
 def test_holdout_run_looks_at_the_test_images_once_and_settings_that_have_not_run_are_empty(tmp_path):
     script(tmp_path, 'CIFAR10_train.py --model mlp --hidden 8 --dataset synthetic --epochs 1 --holdout 500')
-    header, mlp, *others, measured_header, measured = read_report(tmp_path)[1]
-    assert [row[1:] for row in others] == [[name] + [''] * 12 for name in ('LeNet-5', 'ResNet-32')]
-    row = dict(zip(measured_header, measured, strict=True))
-    assert row['Other options'] == '--dataset synthetic --holdout 500 --hidden 8 --epochs 1'
+    rows = read_report(tmp_path)[1]
+    assert [row[1:] for row in rows[2:4]] == [[name] + [''] * 12 for name in ('LeNet-5', 'ResNet-32')]
+    row = dict(zip(*rows[-2:], strict=True))  # of the run's own section: what it has other than its setting
+    assert {name: value for name, value in row.items() if name.startswith('--')} == {
+        '--dataset': 'synthetic', '--holdout': '500', '--hidden': '8', '--epochs': '1'}
     model = MLP_model((8,), normalization='batch')
     model.load_state_dict(torch.load(tmp_path / 'results' / 'mlp' / 'best.pt')['model_state_dict'])
     test_accuracy = accuracy_on_test_images(model.eval())
-    recomputed = f'accuracy {mlp[-1]} and test_accuracy {test_accuracy:.2f} %'
-    assert row['Recomputed from the best weights'] == recomputed
+    assert row['Test (%)'] == f'{test_accuracy:.2f}' and f"{row['Validation (%)']} %" == rows[1][-1]
 
 
-def test_runs_that_differ_only_in_their_seed_are_one_row_of_mean_and_deviation(trained, tmp_path):
-    made, accuracies = Run.read(trained[0] / 'results' / 'lenet5'), [60.0, 62.5, 61.0]
-    runs = {f'lenet5-{seed}': (accuracy, dict(seed=seed)) for seed, accuracy in enumerate(accuracies)}
-    for name, (accuracy, changed) in {**runs, 'other': (61.0, dict(seed=2, warmup=3.0))}.items():
-        folder = tmp_path / 'results' / name
-        folder.mkdir(parents=True)
-        history = [Epoch(1, 0.1, 1, 50, 1, accuracy, 60), Epoch(2, 0.01, 1, 50, 1, accuracy - 1, 120)]
-        Run(folder, replace(made.config, **changed), made.machine, history).write()
-    (tmp_path / 'results' / 'README.md').write_text('Written <by hand>.')
+def record(folder, config, accuracy, machine=None):
+    """Write the record of a run of two epochs, the first of which is the best."""
+    folder.mkdir(parents=True)
+    history = [Epoch(1, 0.1, 1, 50, 1, accuracy, 60), Epoch(2, 0.01, 1, 50, 1, accuracy - 1, 120)]
+    Run(folder, config, machine or {}, history).write()
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_row_wherever_they_lie(tmp_path):
+    results, accuracies, setting = tmp_path / 'results', [60.0, 62.5, 61.0], SETTINGS['lenet5']
+    for seed, name in enumerate(['lenet5', 'seeds/lenet5-1', 'deep/er/x']):
+        record(results / name, replace(setting, seed=seed), accuracies[seed])
+    record(results / 'other', replace(setting, seed=2, warmup=3.0, epochs=9), 61.0)
+    (results / 'README.md').write_text('Written <by hand>.')
     done = script(tmp_path, 'CIFAR10_evaluation.py')
     assert done.returncode == 0, done.stderr
     report, rows = read_report(tmp_path)
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
     assert rows[2][-3:] == ['2.0, 2.0, 2.0', '1, 1, 1', f'{mean:.2f} ± {deviation:.2f} % (3 seeds)']
-    header, *measured = rows[4:]
-    assert [row[0] for row in measured] == ['lenet5-0', 'other']
-    assert '--dataset synthetic --seed 2 --epochs 2 --warmup 3.0' in measured[1]
-    shared = re.search('<p class="small">(.*)</p>', report)[1]  # by all rows
-    assert 'Parameters: 123,162; ' in shared and 'Parameters' not in header
-    assert 'Written &lt;by hand&gt;.' in report
+    assert re.findall('<h3>(.*?)</h3>', report) == ['other']  # a group of the settings' runs is no experiment
+    assert dict(zip(*rows[-2:]))['--warmup'] == '3.0' and 'Written &lt;by hand&gt;.' in report
+    assert f'alt="accuracy, LeNet-5: {mean:.1f} % in 2 epochs"' in report
+
+
+def test_the_report_tells_of_each_class_how_often_it_is_taken_for_each(trained):
+    rows, names = read_report(trained[0])[1], synthetic.CLASSES
+    start = next(i for i, row in enumerate(rows) if row[0] == 'Class')
+    table = [dict(zip(rows[start], row, strict=True)) for row in rows[start + 1:start + 11]]
+    assert [row['Class'] for row in table] == list(names)
+    weights = torch.load(trained[0] / 'results' / 'resnet32' / 'best.pt')['model_state_dict']
+    (model := ResNet32_model()).load_state_dict(weights)
+    images, labels = (tensor[:100] for tensor in synthetic.generate(train=False))  # it saw these alone
+    images = Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))(images / 255)
+    predicted = model.eval()(images).argmax(1)
+    for true, row in enumerate(table):
+        for other, name in enumerate(names):
+            share = (predicted[labels == true] == other).float().mean() * 100
+            assert row[f'as {name} (%)'] == f'{share:.2f}'
+            if other == true:
+                assert row['ResNet-32 (synthetic, NOT CIFAR-10) (%)'] == f'{share:.2f}'
 
 
 @pytest.mark.parametrize('form', ['bare', 'assignment', 'data_parallel', 'compiled'])

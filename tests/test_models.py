@@ -115,6 +115,13 @@ def test_batch_norm_of_an_mlp_comes_before_the_activation():
     torch.testing.assert_close(model.layers[:4](x), y.clamp(min=0))
 
 
+def test_dropout_follows_each_hidden_layer_and_leaves_testing_alone():
+    model, x = MLP_model((50, 40), dropout=0.3), torch.rand(8, 3, 32, 32)
+    assert [type(layer).__name__ for layer in model.layers[1:]] == ['Linear', 'ReLU', 'Dropout'] * 2
+    assert model.layers[3].p == 0.3 and not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
 @pytest.mark.parametrize('weight, variance', [
     (lambda: MLP_model((1024,), initialization='he_normal').layers[1].weight, 2 / 3072),
     (lambda: MLP_model((1024,), initialization='xavier_normal').layers[1].weight, 2 / (3072 + 1024)),

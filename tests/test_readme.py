@@ -16,7 +16,8 @@ def commands(text):
 
 
 FIRST, *OTHERS = commands(README)
-GROUPS = {file.parent.name: lines for file in sorted(ROOT.glob('results/*/README.md'))
+GROUPS = {file.parent.relative_to(ROOT / 'results').as_posix(): lines
+          for file in sorted(ROOT.glob('results/*/**/README.md'))
           if (lines := commands(file.read_text(encoding='utf-8')))}
 
 

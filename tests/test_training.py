@@ -56,7 +56,7 @@ def test_a_run_leaves_its_record_and_best_weights_and_says_what_it_did(model, tr
     images, labels = (tensor[:validated] for tensor in data_load('synthetic')[1].tensors)
     right = predict(load_model(folder / 'best.pt', model, CPU), images).argmax(1) == labels
     assert right.float().mean().item() * 100 == pytest.approx(float(best['val_accuracy']))
-    for name in ('accuracy', 'confusion', 'samples'):
+    for name in ('accuracy', 'loss', 'weights', 'mistakes'):
         assert (folder / f'{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
