@@ -309,7 +309,8 @@ thead { background: #eee }
 thead, h1 + p, h1 + p + table td:is(:first-child, :last-child), .best { font-weight: bold }
 h1, figure { margin: 0 }
 h3 { margin: 12px 0 0 } h3 + p { margin: 2px 0 6px } section h2 { margin: 20px 0 8px }
-.small { font-size: 12px } pre { font-size: 11px } pre, .small { color: #555; margin: 2px 0; white-space: pre-wrap }
+.small { font-size: 12px } pre { font-size: 11px; white-space: pre-wrap }
+pre, .small { color: #555; margin: 2px 0 }
 img { max-width: 100% }
 figcaption { display: none; font-size: 12px } .pixels figcaption { display: block }
 .row { display: flex; flex-wrap: wrap; gap: 16px; align-items: start; margin-bottom: 4px }
@@ -409,7 +410,7 @@ def result_cells(runs, options):
         'Parameters': f'{sum(p.numel() for p in build_model(config, torch.device("cpu")).parameters()):,}',
         'Seeds': len(runs),
         '--epochs': f'{statistics.mean(len(run.history) for run in runs):g}',
-        'Machine': ', '.join(dict.fromkeys(run.machine.get('processor', '') for run in runs)),
+        'Machine': ', '.join(dict.fromkeys(f"{run.machine.get('processor', '')}" for run in runs)),
         'Minutes': f'{statistics.mean(run.last.seconds for run in runs) / 60:.1f}',
         'Validation (%)': mean_std([run.accuracy for run in runs]),
         'Last epoch (%)': mean_std([run.last.val_accuracy for run in runs]),
@@ -533,7 +534,7 @@ weights. Of several seeds the mean ± standard deviation. The best row is bold.<
 MLP looks at a whole image, a filter of a convolution at a few pixels, everywhere in the image.</p>
 <div class="pixels">{html_row(shown, 'weights')}</div></section>
 <section><h2>Which classes are hard</h2>
-<p class="small">The share of each class that a model gets right; what the last one takes it for</p>
+<p class="small">The share of each class that the first seed gets right; what the last model takes it for</p>
 <div class="results">{html_table(classes)}</div>
 <div class="row pixels">{html_row(shown[-1:], 'mistakes')}</div>
 <p class="small">What it takes them for (and what they are):
@@ -569,7 +570,7 @@ def html_settings(shown):
 {html_row(shown, 'accuracy')}
 <h2>Summary [결과 정리]</h2>
 {''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs if paragraph)}
-{html_models(shown)}"""
+{html_models(shown) if shown else ''}"""
 
 
 def write_report():
@@ -591,7 +592,7 @@ def write_report():
         raise UserError(f"There are no runs in {RESULTS.absolute()}: train one, or go where they are.")
     sections = [experiment_section(folder, groups, top) for folder, groups in experiments.items()
                 if groups.keys() - settings]
-    atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}{html_settings(shown) if shown else ''}
+    atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}{html_settings(shown)}
 {'<h2>Additional experiments</h2>' if sections else ''}{''.join(sections)}</html>
 """.encode(errors='replace'))
 
