@@ -1,6 +1,7 @@
 """What a run is: its hyperparameters, the three settings, the command line and the record in results/."""
 import argparse
 import contextlib
+import errno
 import functools
 import inspect
 import json
@@ -18,6 +19,11 @@ import numpy as np
 
 RESULTS = Path('results')  # holds a folder for each run, and for each group of runs
 MODELS = ('mlp', 'lenet5', 'resnet32')
+
+# torchrun tells each process its rank, and how many there are; alone it is 0 of 1. A cluster may set these
+# variables for other programs.
+if 'TORCHELASTIC_RUN_ID' not in os.environ:
+    os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')
 
 
 class UserError(Exception):
@@ -97,6 +103,9 @@ class Configuration:
 
     max_norm: float = 0.0
     """weight restriction |w|^2 <= c of each unit; 0: none"""
+
+    clip: float = 0.0
+    """norm to which a longer gradient is cut, Pascanu et al. 2013; 0: none"""
 
     # Schedule
 
@@ -181,7 +190,8 @@ def convert(name, text):
         value = kind(str(text))
         if value in choices or (not choices and low <= value < high):
             return value
-    rule = f"one of {', '.join(map(str, choices))}" if choices else f"at least {low} and below {high:g}"
+    rule = (f"one of {', '.join(map(str, choices))}" if choices else
+            f"{'a whole number of ' if kind is int else ''}at least {low} and below {high:g}")
     raise UserError(f"{flag(name)} must be {rule}, not {text}.")
 
 
@@ -224,11 +234,11 @@ def add_data_options(group):
 def path_of_run(text):
     """A text that can name a run, or one in a group as GROUP/RUN, in folders of any system."""
     # Letters, digits, '-', '_' and inner dots, but not the name of a Windows device
-    allowed = r'(?!(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$))\w[\w-]*(\.[\w-]+)*'
+    allowed = r'(?!(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)|(readme\.md|report\.\w+)$)\w[\w-]*(\.[\w-]+)*'
     for name in text.split('/'):
         if not re.fullmatch(allowed, name, re.IGNORECASE) or len(name.encode()) > 100:
             raise argparse.ArgumentTypeError("use letters, digits, '-', '_' and inner dots, and no name of a "
-                                             f"Windows device, not {text!r}")
+                                             f"Windows device or of the report's files, not {text!r}")
     return text
 
 
@@ -373,7 +383,11 @@ def atomic_write(file, content):
         with open(part, 'wb') as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            try:
+                os.fsync(stream.fileno())
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # that of a network folder, which can't do it
+                    raise
         # For three seconds, as Windows refuses while another program has the file open
         for _ in range(30):
             with contextlib.suppress(PermissionError):
@@ -401,9 +415,18 @@ def run_script(main):
     except KeyboardInterrupt:
         print("\nInterrupted: the finished epochs are kept, and the same command continues after them.")
         sys.exit(130)  # as a shell expects it
-    except (UserError, OSError) as error:
+    except BrokenPipeError:  # whoever read the output is gone, as head is
+        os._exit(1)  # quietly: closing the output would fail again
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, OSError):
             error = f"{error.filename or 'A file'} can't be read or written ({error.strerror}): check it."
-        if os.environ.get('LOCAL_RANK', '0') == '0':  # of torchrun's processes on a machine one says it
+        elif not isinstance(error, UserError):
+            text = f'{type(error).__name__}: {error}'
+            if not re.search('(?i)memory|alloc', text):
+                raise
+            size = re.search(r'to allocate ([\d.]+ \w+)', text)  # as the CPU's, the GPU's and NumPy's say it
+            error = (f"There is too little memory{f' for {size[1]} more' if size else ''}: choose a smaller "
+                     "--batch-size or network, or close other programs; the finished epochs are kept.")
+        if os.environ['LOCAL_RANK'] == '0':  # of torchrun's processes on a machine one says it
             print(error, file=sys.stderr)
         sys.exit(2)

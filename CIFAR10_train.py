@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import sys
-import time
+from time import monotonic
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ from CIFAR10_evaluation import (
     evaluate,
     evaluate_and_report,
     load_file,
+    plot_accuracy,
 )
 from dataset import data_load, training_batches
 
@@ -45,9 +46,8 @@ if os.name == 'nt':
 else:
     import fcntl
 
-# torchrun tells each process its rank, and how many there are; alone it is 0 of 1.
-RANK = int(os.environ.get('RANK', 0))
-WORLD_SIZE = int(os.environ.get('WORLD_SIZE', 1))
+RANK = int(os.environ['RANK'])
+WORLD_SIZE = int(os.environ['WORLD_SIZE'])
 
 # ----------------------------------------------------------------------------------------------------------
 # Optimizer, schedule, early stopping
@@ -205,13 +205,14 @@ def check_loss(loss, where, rate):
     """Raise Diverged unless a loss is finite."""
     if not math.isfinite(loss):
         raise Diverged(f"The loss is {loss} at {where}, learning rate {rate:.2g}: train under another --name "
-                       "with a smaller --learning-rate; the best weights so far are kept.")
+                       "with a smaller --learning-rate or --clip; the finished epochs are kept.")
 
 
 def print_step(config, epoch, step, steps, loss, rate, seconds):
     """Show how far the training is. Raises Diverged where its loss is not finite."""
     where = f"epoch {epoch + 1}/{config.epochs}  step {step}/{steps}"
     check_loss(loss, where, rate)
+    seconds = max(seconds, 1e-3)  # a clock may stand still for a while
     minutes_left = seconds / step * (steps * (config.epochs - epoch) - step) / 60
     print_progress(f"{where}  loss {loss:.3f}  {minutes_left:.0f} min left  learning rate {rate:.2g}  "
                    f"{step * config.batch_size / seconds:,.0f} images/s")
@@ -292,7 +293,7 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
     seed = config.seed * 100_000 + epoch
     torch.manual_seed(seed * 1000 + RANK)
     steps = math.ceil(len(data) / config.batch_size)
-    began = time.time()
+    began = monotonic()
     sums = torch.zeros(2, device=data.tensors[0].device)  # of the losses and of the correct answers
     for step, (images, labels) in enumerate(training_batches(data, config, seed, RANK, WORLD_SIZE), 1):
         rate = get_learning_rate(config, epoch + (step - 1) / steps)
@@ -304,6 +305,8 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
             loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
+        if config.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         if config.max_norm:
             apply_max_norm(model, config.max_norm)
@@ -315,7 +318,7 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
             if WORLD_SIZE > 1:
                 dist.all_reduce(total)
             mean_loss, accuracy = (total / min(step * config.batch_size, len(data))).tolist()
-            print_step(config, epoch, step, steps, mean_loss, rate, time.time() - began)
+            print_step(config, epoch, step, steps, mean_loss, rate, monotonic() - began)
     return mean_loss, accuracy * 100
 
 
@@ -344,14 +347,14 @@ def train(name, config, options, device):
         training_model = torch.compile(training_model, dynamic=False, mode='reduce-overhead')
 
     # Epochs, up to the last one or early stopping; the clock goes on where the run was interrupted.
-    began = time.time() - (run.last.seconds if run.history else 0)
+    began = monotonic() - (run.last.seconds if run.history else 0)
     with lock(run.folder):
         save_checkpoint(run, model, optimizer)  # a folder that can't be written fails before any training
         while not is_finished(run):
             epoch = len(run.history)
             trained = train_epoch(training_model, optimizer, train_data, config, epoch, autocast)
             validated = evaluate(model, val_data)
-            row = Epoch(epoch + 1, optimizer.param_groups[0]['lr'], *trained, *validated, time.time() - began)
+            row = Epoch(epoch + 1, optimizer.param_groups[0]['lr'], *trained, *validated, monotonic() - began)
             row = from_process_0(row)  # batch norm's running means differ a little between processes
             check_loss(row.val_loss, f"the validation of epoch {row.epoch}", row.learning_rate)
             run.history.append(row)
@@ -402,8 +405,9 @@ def main():
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        best = max(runs, key=lambda run: run.accuracy)
-        evaluate_and_report([best], options.data_dir, device)
+        for run in runs:
+            plot_accuracy({('validation',): [run]}, run.folder / 'accuracy.png')
+        evaluate_and_report([max(runs, key=lambda run: run.accuracy)], options.data_dir, device)
 
 
 if __name__ == '__main__':

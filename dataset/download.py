@@ -40,7 +40,7 @@ def ensure_cifar10(data_dir, urls):
 def fetch(archive, urls):
     """Download the archive from the first URL that gives it. Raises UserError where none does."""
     socket.setdefaulttimeout(20)  # seconds without a byte after which a server is given up
-    errors = []
+    errors = {}  # each once
     for url in MIRRORS if urls is None else urls:
         archive.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to fetch
         if archive.exists():  # the user's own, and damaged
@@ -50,7 +50,7 @@ def fetch(archive, urls):
             return download_url_to_file(url, archive, SHA256, progress=sys.stderr.isatty())
         except Exception as error:  # whatever a server or a mistyped URL makes it raise
             print(f"No images from there: {error}.")
-            errors.append(str(error))
+            errors[str(error)] = True
     raise UserError(f"CIFAR-10 is not in {archive.parent}"
                     f"{' and no server gave it (' + '; '.join(errors) + ')' if errors else ''}: "
                     f"put {CIFAR10.filename} there, or name its folder with --data-dir, or a server with "

@@ -19,13 +19,13 @@ MISTAKES = {  # commands by what is said of them; an option and its value end ea
     '{} must be one of step, cosine, none, not {}.': ['--learning-rate-decay cosin'],
     '{} must be one of cifar10, synthetic, not {}.': ['--dataset mnist'],
     '{} must be one of on, off, not {}.': ['--augmentation yes'],
-    '{} must be at least 1 and below 1e+09, not {}.':
+    '{} must be a whole number of at least 1 and below 1e+09, not {}.':
         ['--epochs 0', '--epochs 2.5', '--batch-size 0', '--patience 0', '--model mlp --hidden 0'],
     '{} must be at least 1e-12 and below 1e+09, not {}.':
         ['--learning-rate 0', '--learning-rate -1', '--learning-rate nan', '--learning-rate x'],
     '{} must be at least 0 and below 1e+09, not {}.':
-        ['--weight-decay -1', '--weight-decay inf', '--max-norm -1', '--warmup -1', '--seed -1',
-         '--holdout -1'],
+        ['--weight-decay -1', '--weight-decay inf', '--max-norm -1', '--clip -1', '--warmup -1'],
+    '{} must be a whole number of at least 0 and below 1e+09, not {}.': ['--seed -1', '--holdout 0.5'],
     '{} must be at least 0 and below 1, not {}.': ['--momentum 1', '--model mlp --dropout 1'],
     '{} must be at least 1e-12 and below 1, not {}.': ['--milestones 2'],
     'resnet32 has no option {}': ['--activation tanh'],

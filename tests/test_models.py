@@ -126,8 +126,9 @@ def test_dropout_follows_each_hidden_layer_and_leaves_testing_alone():
     (lambda: MLP_model((1024,), initialization='he_normal').layers[1].weight, 2 / 3072),
     (lambda: MLP_model((1024,), initialization='xavier_normal').layers[1].weight, 2 / (3072 + 1024)),
     (lambda: ResNet32_model().layers_6n[4].conv2.weight, 2 / (64 * 9))])
-def test_initialization_has_the_slides_standard_deviation(weight, variance):
+def test_initialization_is_normal_with_the_slides_standard_deviation(weight, variance):
     torch.manual_seed(0)
     weight = weight()
     assert weight.std().item() == pytest.approx(variance ** 0.5, rel=0.01 if weight.dim() == 2 else 0.02)
     assert abs(weight.mean().item()) < (1e-4 if weight.dim() == 2 else 1e-3)
+    assert (weight / weight.std()).pow(4).mean().item() == pytest.approx(3, abs=0.15)  # of a uniform one 1.8

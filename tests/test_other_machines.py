@@ -260,8 +260,9 @@ def test_a_zip_takes_files_from_before_1980_and_leaves_no_part(lenet5, monkeypat
     assert '2020123456_Kim/README.md' in zipfile.ZipFile(folder / '2020123456_Kim.zip').namelist()
 
 
-@pytest.mark.parametrize('name', ['con', 'NUL', 'aux', 'prn', 'com1', 'LPT9', 'com¹', 'nul.txt', 'aux.a.b'])
-def test_names_that_windows_reserves_are_refused(name, tmp_path):
+@pytest.mark.parametrize('name', ['con', 'NUL', 'aux', 'prn', 'com1', 'LPT9', 'com¹', 'nul.txt', 'aux.a.b',
+                                  'README.md', 'report.html'])
+def test_names_that_windows_or_the_report_reserve_are_refused(name, tmp_path):
     for command in (f'CIFAR10_train.py --name {name}', f'CIFAR10_evaluation.py --submit {name}'):
         done = script(tmp_path, command)
         assert done.returncode == 2 and 'use letters, digits' in done.stderr and not list(tmp_path.iterdir())

@@ -1,15 +1,29 @@
 """No run is lost: kills, Ctrl-C, a second process, a full disk, bad losses. KILLS=20 is the long version."""
+import errno
+import itertools
 import os
 import random
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, after_first_epoch, assert_same_run, killed, process, rows, script, use_few_images
+from conftest import (
+    ROOT,
+    Killed,
+    after_first_epoch,
+    assert_same_run,
+    killed,
+    process,
+    rows,
+    script,
+    use_few_images,
+)
 
 import dataset
 from CIFAR10_configuration import SETTINGS
@@ -161,14 +175,105 @@ def test_results_that_cannot_be_written_are_found_before_training(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.skipif(os.name == 'nt', reason="limits the size of files as POSIX does")
-def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(unfinished, tmp_path):
-    import resource
+@pytest.mark.parametrize('name', ['best.pt', 'last.pt', 'history.csv', 'config.json', 'evaluation.json',
+                                  'report.html'])
+@pytest.mark.parametrize('full', [False, True], ids=['killed', 'full'])
+def test_a_kill_or_a_full_disk_after_opening_a_file_leaves_it_as_it_was(full, name, unfinished, tmp_path,
+                                                                         few_images, monkeypatch):
+    results = shutil.copytree(unfinished / 'results', tmp_path / 'results')
+    file = results / name if name == 'report.html' else results / 'mlp' / name
+    if not file.exists():
+        file.write_text('an old one')
+    before, real = file.read_bytes(), open
 
+    def opens(path, mode='r', *arguments, **keywords):
+        stream = real(path, mode, *arguments, **keywords)
+        if 'w' in mode and Path(path).name.startswith(name):
+            stream.write(b'half')
+            stream.close()
+            raise OSError(errno.ENOSPC, 'No space left on device', str(path)) if full else Killed
+        return stream
+
+    monkeypatch.setattr('CIFAR10_train.evaluate', lambda *_: (0.1, 100))  # the second epoch is the best
+    monkeypatch.setattr('builtins.open', opens)
+    if full:
+        done = script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
+        assert done.returncode == (0 if name == 'evaluation.json' else 2)
+        assert f'{name} could not be written (No space left' in done.stdout + done.stderr
+    else:
+        with pytest.raises(Killed):
+            script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
+    assert file.read_bytes() == before and (not full or not list(results.rglob('*.part')))
+
+
+@pytest.mark.parametrize('number', [errno.EINVAL, errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_folder_that_cannot_flush_is_written_but_a_real_error_is_told(number, tmp_path, few_images,
+                                                                        monkeypatch):
+    monkeypatch.setattr(os, 'fsync', refusing(OSError(number, os.strerror(number))))
+    done = script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
+    if number == errno.EINVAL:
+        assert done.returncode == 0 and len(rows(tmp_path / 'results' / 'mlp')) == 2, done.stderr
+    else:
+        assert done.returncode == 2 and f'could not be written ({os.strerror(number)})' in done.stderr
+
+
+def refusing(error):
+    """A function that raises an error, whatever it is given."""
+    def refuse(*_, **__):
+        raise error
+    return refuse
+
+
+NO_MEMORY = [RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+                          "memory: you tried to allocate 327680000 bytes. Error code 12"),
+             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total of"),
+             RuntimeError("std::bad_alloc"), MemoryError(),
+             MemoryError("Unable to allocate 1.5 GiB for an array")]
+
+
+@pytest.mark.parametrize('error', NO_MEMORY, ids=range(len(NO_MEMORY)))
+@pytest.mark.parametrize('name', ['CIFAR10_train.train_epoch', 'CIFAR10_train.evaluate',
+                                  'CIFAR10_evaluation.predict'])
+def test_too_little_memory_is_one_sentence_and_keeps_the_finished_epochs(name, error, unfinished, tmp_path,
+                                                                         few_images, monkeypatch):
     shutil.copytree(unfinished / 'results', tmp_path / 'results')
-    last = tmp_path / 'results' / 'mlp' / 'last.pt'
-    before = last.read_bytes()
-    done = process(tmp_path, f'CIFAR10_train.py {OPTIONS}',
-                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    assert done.returncode == 2 and '.pt could not be written' in done.stderr and last.read_bytes() == before
-    assert not list(last.parent.glob('*.part'))
+    before = content(tmp_path)
+    monkeypatch.setattr(name, refusing(error))
+    done = script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert 'too little memory' in done.stderr and '--batch-size' in done.stderr
+    amount = re.search(r'allocate ([\d.]+ \w+)', str(error))
+    assert not amount or amount[1] in done.stderr
+    if 'predict' not in name:
+        assert {file: text for file, text in content(tmp_path).items() if file.name != 'last.pt'} == {
+            file: text for file, text in before.items() if file.name != 'last.pt'}
+    monkeypatch.setattr(name, refusing(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+    with pytest.raises(RuntimeError):  # an error in the program keeps its traceback
+        script(tmp_path, f'CIFAR10_train.py {OPTIONS} --name other')
+
+
+@pytest.mark.parametrize('times', [itertools.repeat(5.0), itertools.count(step=1e-9)])
+def test_a_clock_that_stands_still_stops_nothing(times, unfinished, tmp_path, few_images, monkeypatch):
+    shutil.copytree(unfinished / 'results', tmp_path / 'results')
+    monkeypatch.setattr('CIFAR10_train.monotonic', lambda: next(times))
+    done = script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
+    assert done.returncode == 0, done.stderr
+    first, second = (float(row['seconds']) for row in rows(tmp_path / 'results' / 'mlp'))
+    assert second >= first > 0
+
+
+@pytest.mark.skipif(os.name == 'nt', reason="pipes break otherwise there")
+def test_whoever_stops_reading_ends_the_program_quietly(tmp_path):
+    training = subprocess.Popen([*TRAIN, *f'{MLP} --hidden 8 --epochs 900'.split()], cwd=tmp_path, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    training.stdout.readline()
+    training.stdout.close()
+    assert training.stderr.read() == '' and training.wait(60) == 1
+
+
+@pytest.mark.parametrize('variables', [dict(RANK='1'), dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='1'),
+                                       dict(PYTHONWARNINGS='error')])
+def test_a_clusters_variables_and_strict_warnings_change_nothing(variables, tmp_path):
+    done = process(tmp_path, f'CIFAR10_train.py {MLP} --hidden 8', env={**os.environ, **variables})
+    assert done.returncode == 0 and not done.stderr and len(rows(tmp_path / 'results' / 'mlp')) == 2
+    assert (tmp_path / 'results' / 'mlp' / 'accuracy.png').exists()
