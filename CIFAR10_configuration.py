@@ -146,7 +146,7 @@ class Configuration:
     def title(self):
         """What figures and texts call the model; synthetic images are told apart from CIFAR-10."""
         name = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': f'ResNet-{self.depth}'}[self.model]
-        return name if self.dataset == 'cifar10' else f"{name} (synthetic, NOT CIFAR-10)"
+        return name if self.dataset == 'cifar10' else f"{name} (NOT CIFAR-10)"
 
     def as_given(self, name):
         """The value of a field as the command line has it."""
@@ -340,6 +340,17 @@ class Run:
         """The last epoch so far."""
         return self.history[-1]
 
+    @property
+    def is_finished(self):
+        """Whether all epochs are done, or `patience` of them after the last drop brought nothing better."""
+        config, epochs = self.config, len(self.history)
+        # Patience counts from the last drop on, as every drop brings a better epoch.
+        last_drop = {'step': max(config.milestones) * config.epochs,
+                     'cosine': config.epochs,  # it falls to the end: no early stop
+                     'none': 0}[config.learning_rate_decay]
+        return epochs == config.epochs or (
+            epochs > 0 and epochs - max(self.best.epoch, last_drop) >= config.patience)
+
     def write(self):
         """Write history.csv and config.json."""
         lines = [','.join(Epoch._fields)]
@@ -362,7 +373,8 @@ class Run:
             return Run(folder, Configuration.from_record(record['configuration']),
                        dict(record['machine']), history)
         except Exception as error:  # whatever a damaged record can raise
-            raise UserError(f"{folder} holds no readable run ({error}): train it or move it.") from None
+            raise UserError(f"{folder} holds no readable run ({error}): restore it, train it or name another "
+                            "one.") from None
 
 
 def read_runs(folder=RESULTS):
@@ -421,10 +433,10 @@ def run_script(main):
         if isinstance(error, OSError):
             error = f"{error.filename or 'A file'} can't be read or written ({error.strerror}): check it."
         elif not isinstance(error, UserError):
-            text = f'{type(error).__name__}: {error}'
-            if not re.search('(?i)memory|alloc', text):
+            if not re.search('(?i)memory|alloc', f'{type(error)} {error}'):
                 raise
-            size = re.search(r'to allocate ([\d.]+ \w+)', text)  # as the CPU's, the GPU's and NumPy's say it
+            # As the messages of CPU, GPU and NumPy have it
+            size = re.search(r'to allocate ([\d.]+ \w+)', str(error))
             error = (f"There is too little memory{f' for {size[1]} more' if size else ''}: choose a smaller "
                      "--batch-size or network, or close other programs; the finished epochs are kept.")
         if os.environ['LOCAL_RANK'] == '0':  # of torchrun's processes on a machine one says it

@@ -199,7 +199,8 @@ def evaluate_run(run, data_dir, device):
     found['mistakes'] = ', '.join(f'{names[predicted[i]]} ({names[labels[i]]})' for i in hardest)
     atomic_write(run.folder / 'evaluation.json', json.dumps(found).encode())
     print(f"{run.folder.relative_to(RESULTS)}: {found['accuracy']:.2f} % recomputed, "
-          f"{run.accuracy:.2f} % recorded.")
+          f"{run.accuracy:.2f} % recorded"
+          f"{', which DIFFER' if abs(found['accuracy'] - run.accuracy) > 0.1 else ''}.")
 
     # Pictures: the weights of the first layer's units or filters, 32 at most, show what it looks for.
     weights = next(model.parameters()).detach()[:32]
@@ -303,11 +304,13 @@ HTML_HEAD = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>CIFAR-10 Evaluation Report</title>
 <meta name="viewport" content="width=device-width">
 <style>
-body { font: 15px/1.4 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }
+body { font: 15px/1.4 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em;
+  overflow-wrap: break-word }
 table { border-collapse: collapse; width: 100%; font-size: 13px }
 td { border: 1px solid #888; padding: 4px; text-align: center }
 thead { background: #eee }
-thead, h1 + p, h1 + p + table td:is(:first-child, :last-child), .best { font-weight: bold }
+thead, h1 + p, h1 + p + table td:is(:first-child, :last-child), .best:not(:only-child) { font-weight: bold }
+p:empty, pre:empty { display: none }
 h1, figure { margin: 0 }
 h3 { margin: 12px 0 0 } h3 + p { margin: 2px 0 6px } section h2 { margin: 20px 0 8px }
 .small { font-size: 12px } pre { font-size: 11px; white-space: pre-wrap }
@@ -320,8 +323,8 @@ figcaption { display: none; font-size: 12px } .pixels figcaption { display: bloc
 .results table { font-size: 12px; font-variant-numeric: tabular-nums }
 .results td { border-width: 0 0 1px; padding: 3px 4px; text-align: right }
 .results tbody td, td[title^='--'] { white-space: nowrap }
-.results td[style] { background: linear-gradient(90deg, #cfe3f3 var(--bar), transparent 0); text-align: left;
-  print-color-adjust: exact }
+.results td[style] { background: linear-gradient(90deg, #cfe3f3 var(--bar), transparent 0) content-box;
+  text-align: left; padding: 2px 3px 2px 9px; print-color-adjust: exact }
 @media screen and (max-width: 800px) { /* the slides' rows as cards: beside each cell its column's title */
   p + table thead, p + table td:empty { display: none }
   p + table, p + table tbody, p + table tr { display: block; margin-bottom: 1em }
@@ -339,6 +342,11 @@ figcaption { display: none; font-size: 12px } .pixels figcaption { display: bloc
 """
 
 
+def seedless(run):
+    """What runs that differ only in their seed share; an unfinished one is a run of its epochs so far."""
+    return replace(run.config, seed=0, epochs=run.config.epochs if run.is_finished else len(run.history))
+
+
 def group_seeds(runs):
     """Lists of the runs that differ only in their seed, by their configuration.
 
@@ -346,7 +354,7 @@ def group_seeds(runs):
     """
     groups = {}
     for run in runs:
-        seeds = groups.setdefault(replace(run.config, seed=0), {})
+        seeds = groups.setdefault(seedless(run), {})
         seeds.setdefault(run.config.seed, replace(run, repetitions=[])).repetitions.append(run)
     return {config: list(seeds.values()) for config, seeds in groups.items()}
 
@@ -412,7 +420,7 @@ def result_cells(runs, options):
         'Seeds': len(runs),
         '--epochs': f'{statistics.mean(len(run.history) for run in runs):g}',
         'Machine': ', '.join(dict.fromkeys(f"{run.machine.get('processor', '')}" for run in runs)),
-        'Minutes': f'{statistics.mean(run.last.seconds for run in runs) / 60:.1f}',
+        'Minutes': f'{statistics.median(run.last.seconds for run in runs) / 60:.1f}',
         'Validation (%)': mean_std([run.accuracy for run in runs]),
         'Last epoch (%)': mean_std([run.last.val_accuracy for run in runs]),
         'Training (%)': mean_std([run.last.train_accuracy for run in runs]),
@@ -455,8 +463,8 @@ def html_comparison(rows):
 
 def describe(runs):
     """Model, accuracy and epochs of runs that differ only in their seed."""
-    accuracy = statistics.mean(run.accuracy for run in runs)
-    return f"{runs[0].config.title}: {accuracy:.1f} % in {len(runs[0].history)} epochs"
+    return (f"{runs[0].config.title}: {statistics.mean(run.accuracy for run in runs):.1f} % "
+            f"in {len(runs[0].history)} epochs")
 
 
 def html_picture(file, words):
@@ -526,16 +534,20 @@ def html_models(shown):
     return f"""
 <section><h2>How the accuracies were measured</h2>
 {html_comparison(measured)}
-<p class="small">Validation: on the test images, or on as many training images as --holdout says, in the best
-epoch (early stopping). Training: on the images as augmented, in the last epoch. Recomputed: from the best
-weights. Of several seeds the mean ± standard deviation. The best row is bold.</p></section>
+<p class="small">Validation: accuracy in the best epoch (early stopping), on the test images, or with
+--holdout on so many training images that were held out. Training: on the images as augmented, in the last
+epoch. Recomputed: from the best weights. Of several seeds the mean ± standard deviation and the median of
+the minutes.</p></section>
 <section><h2>How the models learned, and what their first layers look for</h2>
 {html_row(shown, 'loss')}
-<p class="small">The weights of the first layer as pictures, each from its lowest to its highest: a unit of an
-MLP looks at a whole image, a filter of a convolution at a few pixels, everywhere in the image.</p>
+<p class="small">Above, the losses and the learning rate. Below, the weights of the first layer as pictures,
+red, green and blue: a unit of an MLP looks at a whole image, a filter of a convolution at a few pixels,
+everywhere in the image. Each picture goes from its lowest weight to its highest; a black one has no weights
+left.</p>
 <div class="pixels">{html_row(shown, 'weights')}</div></section>
 <section><h2>Which classes are hard</h2>
-<p class="small">The share of each class that the first seed gets right; what the last model takes it for</p>
+<p class="small">The share of each class that the first seed of each model gets right, and, in the columns
+"as", what {shown[-1][0].config.title} takes the class for (confusion matrix)</p>
 <div class="results">{html_table(classes)}</div>
 <div class="row pixels">{html_row(shown[-1:], 'mistakes')}</div>
 <p class="small">What it takes them for (and what they are):
@@ -565,9 +577,9 @@ def html_settings(shown):
     return f"""
 <h1>CIFAR-10 Evaluation Report</h1>
 <p>Validation accuracy, of several seeds the mean ± standard deviation:
-{', '.join(f"{row['Model']} {row['Accuracy']}" for row in table if 'Accuracy' in row)}</p>
+{', '.join(f"{row['Model']} {row['Accuracy']}" for row in table if 'Accuracy' in row) or 'see below'}</p>
 {html_table(table)}
-<h2>Validation dataset accuracy plot</h2>
+{'<h2>Validation dataset accuracy plot</h2>' if shown else ''}
 {html_row(shown, 'accuracy')}
 <h2>Summary [결과 정리]</h2>
 {''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs if paragraph)}
@@ -582,7 +594,7 @@ def write_report():
     # The settings' runs of other seeds count wherever they lie.
     settings = SETTINGS.values()
     top = group_seeds(run for folder, runs in found.items() for run in runs
-                      if folder == RESULTS or replace(run.config, seed=0) in settings)
+                      if folder == RESULTS or seedless(run) in settings)
     # Of each model the setting's runs stand in the slides' table, or those of its plain name.
     shown = {config.model: runs for config, runs in top.items()
              if config in settings or runs[0].folder == RESULTS / config.model}
@@ -590,7 +602,8 @@ def write_report():
     experiments = {runs[0].folder: {config: runs} for config, runs in top.items()}
     experiments |= {folder: group_seeds(runs) for folder, runs in found.items() if folder != RESULTS}
     if not any(found.values()):
-        raise UserError(f"There are no runs in {RESULTS.absolute()}: train one, or go where they are.")
+        raise UserError(f"There are no readable runs in {RESULTS.absolute()}: train one, or go where they "
+                        "are.")
     sections = [experiment_section(folder, groups, top) for folder, groups in experiments.items()
                 if groups.keys() - settings]
     atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}{html_settings(shown)}

@@ -50,7 +50,7 @@ RANK = int(os.environ['RANK'])
 WORLD_SIZE = int(os.environ['WORLD_SIZE'])
 
 # ----------------------------------------------------------------------------------------------------------
-# Optimizer, schedule, early stopping
+# Optimizer, schedule
 
 
 def build_optimizer(model, config):
@@ -82,18 +82,6 @@ def apply_max_norm(model, max_norm):
             weight.renorm_(2, 0, max_norm ** 0.5)  # each row's 2-norm, as max_norm bounds its square
 
 
-def is_finished(run):
-    """Whether all epochs are done, or `patience` of them after the last drop brought nothing better."""
-    config, epochs = run.config, len(run.history)
-    if epochs == 0:
-        return False
-    # Patience counts from the last drop on, as every drop brings a better epoch.
-    last_drop = {'step': max(config.milestones) * config.epochs,
-                 'cosine': config.epochs,  # it falls to the end: no early stop
-                 'none': 0}[config.learning_rate_decay]
-    return epochs == config.epochs or epochs - max(run.best.epoch, last_drop) >= config.patience
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Checkpoint
 
@@ -115,7 +103,7 @@ def save_checkpoint(run, model, optimizer):
         try:
             run.write()
         except UserError:  # for example as a spreadsheet has history.csv open
-            if is_finished(run):  # there is no later epoch to write it
+            if run.is_finished:  # there is no later epoch to write it
                 raise
             print_once(f"\nThe record in {run.folder} can't be written now (is it open elsewhere, or the "
                        "disk full?): training goes on, and tries it again after the next epoch.")
@@ -144,7 +132,7 @@ def find_run(name, config):
         folder = RESULTS / (name if number == 1 else f'{name}-{number}')
         if (folder / 'last.pt').exists():
             run, checkpoint = load_checkpoint(folder / 'last.pt')
-            if is_finished(run):
+            if run.is_finished:
                 continue
             changed = config.differences(run.config)
             if changed:
@@ -212,7 +200,6 @@ def print_step(config, epoch, step, steps, loss, rate, seconds):
     """Show how far the training is. Raises Diverged where its loss is not finite."""
     where = f"epoch {epoch + 1}/{config.epochs}  step {step}/{steps}"
     check_loss(loss, where, rate)
-    seconds = max(seconds, 1e-3)  # a clock may stand still for a while
     minutes_left = seconds / step * (steps * (config.epochs - epoch) - step) / 60
     print_progress(f"{where}  loss {loss:.3f}  {minutes_left:.0f} min left  learning rate {rate:.2g}  "
                    f"{step * config.batch_size / seconds:,.0f} images/s")
@@ -318,7 +305,8 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
             if WORLD_SIZE > 1:
                 dist.all_reduce(total)
             mean_loss, accuracy = (total / min(step * config.batch_size, len(data))).tolist()
-            print_step(config, epoch, step, steps, mean_loss, rate, monotonic() - began)
+            # A millisecond more, as a clock may stand still for a while
+            print_step(config, epoch, step, steps, mean_loss, rate, monotonic() - began + 1e-3)
     return mean_loss, accuracy * 100
 
 
@@ -350,7 +338,7 @@ def train(name, config, options, device):
     began = monotonic() - (run.last.seconds if run.history else 0)
     with lock(run.folder):
         save_checkpoint(run, model, optimizer)  # a folder that can't be written fails before any training
-        while not is_finished(run):
+        while not run.is_finished:
             epoch = len(run.history)
             trained = train_epoch(training_model, optimizer, train_data, config, epoch, autocast)
             validated = evaluate(model, val_data)
@@ -383,7 +371,7 @@ def main():
     # The finished runs of the group, if it is one (all names lie in one folder), by their configuration
     group = (RESULTS / next(iter(configs))).parent
     found = read_runs(group) if group != RESULTS else []
-    finished = from_process_0({run.config: run for run in found if is_finished(run)})
+    finished = from_process_0({run.config: run for run in found if run.is_finished})
 
     # The others are trained, also where one of a group diverges.
     runs = []

@@ -47,7 +47,7 @@ def test_report_holds_the_slides_table(trained):
                       'training time (m)', 'Early stopping epoch', 'Accuracy']
     assert [row[0] for row in settings] == ['Setting #1', 'Setting #2', 'Setting #3']
     gpu, weight_decay = 'O' if torch.cuda.is_available() else 'X', f"{SETTINGS['resnet32'].weight_decay:g}"
-    assert settings[2][1:11] == ['ResNet-32 (synthetic, NOT CIFAR-10)', gpu, '10', 'ReLU', 'He_normal', 'SGD',
+    assert settings[2][1:11] == ['ResNet-32 (NOT CIFAR-10)', gpu, '10', 'ReLU', 'He_normal', 'SGD',
                                  '0.1', '0.9', weight_decay, '×0.5 after epoch 1']
     assert [(row[-1], row[-2]) for row in settings] == [best(trained[1][model]) for model in SETTINGS]
 
@@ -56,14 +56,14 @@ def test_report_is_one_file_that_says_it_is_not_cifar10(trained):
     report, _ = read_report(trained[0])
     assert not re.search(r'(src|href)=.(?!data:)', report) and report.count('data:image/png;base64,') >= 6
     first = re.search('<p>Validation accuracy(.*?)</p>', report, re.DOTALL)[1]
-    assert first.count('(synthetic, NOT CIFAR-10)') == first.count(' %') == 3 and '[결과 정리]' in report
+    assert first.count('(NOT CIFAR-10)') == first.count(' %') == 3 and '[결과 정리]' in report
     _, *recomputed = re.findall('<td title="Recomputed[^>]*>([^<]*)</td>', report)
     assert [f'{number} %' for number in recomputed] == [best(trained[1][model])[0] for model in SETTINGS]
 
 
 def test_a_report_without_any_runs_is_refused(tmp_path):
     done = script(tmp_path, 'CIFAR10_evaluation.py')
-    assert done.returncode == 2 and done.stderr.startswith('There are no runs in ')
+    assert done.returncode == 2 and done.stderr.startswith('There are no readable runs in ')
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
@@ -80,11 +80,12 @@ def test_holdout_run_looks_at_the_test_images_once_and_settings_that_have_not_ru
     assert row['Test (%)'] == f'{test_accuracy:.2f}' and f"{row['Validation (%)']} %" == rows[1][-1]
 
 
-def record(folder, config, accuracy, machine=None):
-    """Write the record of a run of two epochs, the first of which is the best."""
+def record(folder, config, accuracy, epochs=None):
+    """Write the record of a finished run, or of so many epochs, of a second each; the first is the best."""
     folder.mkdir(parents=True)
-    history = [Epoch(1, 0.1, 1, 50, 1, accuracy, 60), Epoch(2, 0.01, 1, 50, 1, accuracy - 1, 120)]
-    Run(folder, config, machine or {}, history).write()
+    history = [Epoch(epoch, 0.1, 1, 50, 1, accuracy - (epoch > 1), epoch)
+               for epoch in range(1, (epochs or config.epochs) + 1)]
+    Run(folder, config, {}, history).write()
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_row_wherever_they_lie(tmp_path):
@@ -92,15 +93,16 @@ def test_runs_that_differ_only_in_their_seed_are_one_row_wherever_they_lie(tmp_p
     for seed, name in enumerate(['lenet5', 'seeds/lenet5-1', 'deep/er/x']):
         record(results / name, replace(setting, seed=seed), accuracies[seed])
     record(results / 'other', replace(setting, seed=2, warmup=3.0, epochs=9), 61.0)
+    record(results / 'lenet5-2', setting, 10.0, epochs=3)  # it is not finished: no seed, and no rerun
     (results / 'README.md').write_text('Written <by hand>.')
     done = script(tmp_path, 'CIFAR10_evaluation.py')
     assert done.returncode == 0, done.stderr
     report, rows = read_report(tmp_path)
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
-    assert rows[2][-3:] == ['2.0, 2.0, 2.0', '1, 1, 1', f'{mean:.2f} ± {deviation:.2f} % (3 seeds)']
-    assert re.findall('<h3>(.*?)</h3>', report) == ['other']  # a group of the settings' runs is no experiment
+    assert rows[2][-3:] == ['2.5, 2.5, 2.5', '1, 1, 1', f'{mean:.2f} ± {deviation:.2f} % (3 seeds)']
+    assert re.findall('<h3>(.*?)</h3>', report) == ['lenet5-2', 'other']  # and no group of the settings'
     assert dict(zip(*rows[-2:]))['--warmup'] == '3.0' and 'Written &lt;by hand&gt;.' in report
-    assert f'alt="accuracy, LeNet-5: {mean:.1f} % in 2 epochs"' in report
+    assert f'alt="accuracy, LeNet-5: {mean:.1f} % in 150 epochs"' in report
 
 
 def test_the_report_tells_of_each_class_how_often_it_is_taken_for_each(trained):
@@ -118,7 +120,7 @@ def test_the_report_tells_of_each_class_how_often_it_is_taken_for_each(trained):
             share = (predicted[labels == true] == other).float().mean() * 100
             assert row[f'as {name} (%)'] == f'{share:.2f}'
             if other == true:
-                assert row['ResNet-32 (synthetic, NOT CIFAR-10) (%)'] == f'{share:.2f}'
+                assert row['ResNet-32 (NOT CIFAR-10) (%)'] == f'{share:.2f}'
 
 
 @pytest.mark.parametrize('form', ['bare', 'assignment', 'data_parallel', 'compiled'])

@@ -19,7 +19,6 @@ from CIFAR10_train import (
     apply_max_norm,
     build_optimizer,
     get_learning_rate,
-    is_finished,
     train_epoch,
 )
 from dataset import data_load, training_batches
@@ -178,7 +177,7 @@ def test_learning_rates_are_those_of_pytorchs_schedulers(config, theirs):
 
 def stops(config, history):
     """The epochs after which a run is finished."""
-    return [epoch for epoch in range(101) if is_finished(Run(None, config, {}, history[:epoch]))]
+    return [epoch for epoch in range(101) if Run(None, config, {}, history[:epoch]).is_finished]
 
 
 def test_patience_counts_only_after_the_last_drop():
