@@ -98,7 +98,8 @@ def run(folder, source, name, accuracy, age=0, processor=None, **changes):
     """A copy of the run in source under that name, with another accuracy, age, processor and options."""
     made = Run.read(shutil.copytree(source, folder / 'results' / name))
     made.config, made.machine = replace(made.config, **changes), {**made.machine, 'processor': processor}
-    made.history = [epoch._replace(val_accuracy=accuracy) for epoch in made.history]
+    made.history = [made.history[0]._replace(epoch=epoch, val_accuracy=accuracy)
+                    for epoch in range(1, made.config.epochs + 1)]  # all of them, as it is finished
     made.write()
     os.utime(made.folder / 'config.json', (1e9 - age, 1e9 - age))
 
