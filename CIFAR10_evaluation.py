@@ -658,7 +658,7 @@ def submit(name):
             for part in sorted(root.glob(pattern)):
                 archive.write(part, name / part.relative_to(root))
         archive.write(RESULTS / 'report.html', Path(name, 'report.html'))
-    atomic_write(Path(f'{name}.zip'), content.getbuffer())
+    atomic_write(Path(f'{name}.zip'), content.getvalue())
     print(f"{name}.zip holds the code and the report.")
 
 

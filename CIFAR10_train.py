@@ -90,7 +90,7 @@ def save(file, run, **content):
     """Write a file for torch.load, whole or not at all, with the run's configuration."""
     buffer = io.BytesIO()
     torch.save(dict(content, configuration=vars(run.config)), buffer)
-    atomic_write(file, buffer.getbuffer())
+    atomic_write(file, buffer.getvalue())
 
 
 def save_checkpoint(run, model, optimizer):

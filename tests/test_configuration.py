@@ -50,7 +50,9 @@ def test_a_mistake_gets_one_sentence(line):
         choose_device(options.device)
         for config in runs.values():
             data_load(config.dataset, options.data_dir, config.holdout, urls=())
-    assert SAID[line] in str(error.value) and len(str(error.value).splitlines()) == 1
+    said = str(error.value)
+    assert len(said.splitlines()) == 1
+    assert SAID[line] in said or line.endswith('=--') and 'not --' in said  # newer Pythons take the dashes
 
 
 @pytest.mark.parametrize('run, line', [(process, '--model resnet23'),  # as a user does
