@@ -177,7 +177,7 @@ def evaluate(model, data):
 
 
 def evaluate_run(run, data_dir, device):
-    """Recompute a run's accuracies from best.pt into evaluation.json, and draw its figures of images."""
+    """Recompute a run's accuracies from best.pt into evaluation.json, and write pictures of what it sees."""
     # The images that the run was validated on, and its weights
     config = run.config
     _, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, urls=())
@@ -547,7 +547,7 @@ left.</p>
 <div class="pixels">{html_row(shown, 'weights')}</div></section>
 <section><h2>Which classes are hard</h2>
 <p class="small">The share of each class that the first seed of each model gets right, and, in the columns
-"as", what {shown[-1][0].config.title} takes the class for (confusion matrix)</p>
+"as", what {last[0].config.title} takes the class for (confusion matrix)</p>
 <div class="results">{html_table(classes)}</div>
 <div class="row pixels">{html_row(shown[-1:], 'mistakes')}</div>
 <p class="small">What it takes them for (and what they are):

@@ -334,7 +334,7 @@ def test_a_figure_that_is_open_elsewhere_costs_no_report(name, lenet5, monkeypat
 def test_a_class_without_validation_images_has_no_accuracy(tmp_path, few_images):
     done = script(tmp_path, f'{SMALL} --batch-size 5 --epochs 1 --holdout 5')
     text = (tmp_path / 'results' / 'mlp' / 'evaluation.json').read_text()
-    assert done.returncode == 0 and text.count('NaN') == 10 * 5 and 'Mistakes' not in done.stdout, done.stderr
+    assert done.returncode == 0 and text.count('NaN') == 10 * 5, done.stderr
 
 
 def test_three_epochs_at_chance_are_told_once(tmp_path):

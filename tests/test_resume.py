@@ -206,6 +206,19 @@ def test_a_kill_or_a_full_disk_after_opening_a_file_leaves_it_as_it_was(full, na
     assert file.read_bytes() == before and (not full or not list(results.rglob('*.part')))
 
 
+@pytest.mark.skipif(os.name == 'nt', reason="limits the size of files as POSIX does")
+def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(unfinished, tmp_path):
+    import resource
+
+    shutil.copytree(unfinished / 'results', tmp_path / 'results')
+    last = tmp_path / 'results' / 'mlp' / 'last.pt'
+    before = last.read_bytes()
+    done = process(tmp_path, f'CIFAR10_train.py {OPTIONS}',
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 2 and '.pt could not be written' in done.stderr and last.read_bytes() == before
+    assert not list(last.parent.glob('*.part'))
+
+
 @pytest.mark.parametrize('number', [errno.EINVAL, errno.EIO, errno.ENOSPC, errno.EDQUOT])
 def test_a_folder_that_cannot_flush_is_written_but_a_real_error_is_told(number, tmp_path, few_images,
                                                                         monkeypatch):

@@ -112,14 +112,14 @@ def test_an_epoch_equals_a_loop_written_out_by_hand(name, optimizer, clip):
         losses += mean.item() * len(labels)
         correct += (logits.argmax(1) == labels).sum().item()
         norm = sum(p.grad.square().sum() for p in theirs.parameters()).sqrt()
-        cut = (norm > clip).item() * clip and clip / norm  # the whole gradient is shortened to that norm
+        cut = bool(0 < clip < norm)  # then the whole gradient is shortened to that norm
         for p in theirs.parameters():
-            gradient = p.grad * (cut or 1) + 1e-3 * p.data
+            gradient = p.grad * (clip / (norm + 1e-6) if cut else 1) + 1e-3 * p.data
             velocity[p] = 0.9 * velocity[p] + gradient
             p.data -= 0.01 * (velocity[p] if optimizer == 'sgd' else gradient + 0.9 * velocity[p])
-    assert bool(cut) == bool(clip)
+    assert cut == bool(clip)
     for a, b, before in zip(ours.parameters(), theirs.parameters(), start.parameters(), strict=True):
-        assert (a - b).norm() < 2e-6 * (a - before).norm() + 1e-12  # a bias before batch norm stays
+        assert (a - b).norm() < 1e-6 * (a - before).norm() + 1e-12  # a bias before batch norm stays
     assert loss == pytest.approx(losses / 180) and accuracy == pytest.approx(correct / 1.8)
 
 
