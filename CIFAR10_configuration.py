@@ -20,8 +20,8 @@ import numpy as np
 RESULTS = Path('results')  # holds a folder for each run, and for each group of runs
 MODELS = ('mlp', 'lenet5', 'resnet32')
 
-# torchrun tells each process its rank, and how many there are; alone it is 0 of 1. A cluster may set these
-# variables for other programs.
+# torchrun starts a process for each GPU, and tells each its rank and how many there are. Without torchrun
+# the process is alone, 0 of 1, whatever a cluster set these variables to for another program.
 if 'TORCHELASTIC_RUN_ID' not in os.environ:
     os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')
 
@@ -38,8 +38,9 @@ class UserError(Exception):
 class Configuration:
     """All that decides what a run learns. Raises UserError for a value that is not allowed.
 
-    The text below each field is what --help says of it. The defaults are those of the slides; what --model
-    trains is in SETTINGS below. A field that a model does not have means nothing there.
+    The text below each field is what --help says of it; REASONS reads it from this source. The defaults here
+    are those of the slides, which SETTINGS below changes for each model; --help shows the result. A field
+    that a model does not have means nothing there.
     """
     model: Literal[MODELS] = 'resnet32'
     """one of the three settings"""
@@ -73,10 +74,10 @@ class Configuration:
     """MLP: share of the hidden units silenced in a step"""
 
     normalization: Literal['none', 'batch'] = 'none'
-    """MLP: Ioffe & Szegedy 2015"""
+    """MLP: batch normalization, Ioffe & Szegedy 2015"""
 
     activation: Literal['sigmoid', 'tanh', 'relu', 'leaky_relu', 'maxout', 'elu'] = 'relu'
-    """ReLU and maxout don't saturate, so gradients pass"""
+    """ReLU doesn't saturate above 0, so gradients pass"""
 
     initialization: Literal['xavier_normal', 'he_normal'] = 'he_normal'
     """He's keeps the variance through ReLU layers"""
@@ -90,7 +91,7 @@ class Configuration:
     # Optimizer
 
     optimizer: Literal['sgd', 'nesterov', 'adam'] = 'sgd'
-    """SGD with momentum, He et al. 2016"""
+    """sgd has momentum too"""
 
     learning_rate: float = 0.1
     """its peak"""
@@ -102,15 +103,15 @@ class Configuration:
     """lambda of the L2 penalty on large weights"""
 
     max_norm: float = 0.0
-    """weight restriction |w|^2 <= c of each unit; 0: none"""
+    """weight restriction: largest |w|^2 of a unit; 0: none"""
 
     clip: float = 0.0
-    """norm to which a longer gradient is cut, Pascanu et al. 2013; 0: none"""
+    """largest norm of the gradient, so that no step explodes, Pascanu et al. 2013; 0: none"""
 
     # Schedule
 
     epochs: int = 164
-    """64k steps, He et al. 2016"""
+    """164 are 64k steps of 128 images, He et al. 2016"""
 
     warmup: float = 0.0
     """epochs of rising rate, Goyal et al. 2017"""
@@ -125,7 +126,7 @@ class Configuration:
     """step: factor of each drop"""
 
     patience: int = 20
-    """epochs without a better one after the last drop"""
+    """epochs without a better one, after the last drop, that end it; cosine: never"""
 
     def __post_init__(self):
         # Every value in its field's type; those of a tuple one by one
@@ -163,7 +164,7 @@ FIELDS = {f.name: f for f in fields(Configuration)}
 REASONS = dict(re.findall(r'(\w+): .*\n +"""(.*)"""', inspect.getsource(Configuration)))
 
 # The models that have a field, where it is not all of them
-MODELS_WITH = dict(model=['resnet32'],  # whose name is the default of --model
+MODELS_WITH = dict(model=['resnet32'],  # so that --help has one default of --model
                    hidden=['mlp'], dropout=['mlp'], normalization=['mlp'],
                    activation=['mlp', 'lenet5'], initialization=['mlp', 'lenet5'],
                    depth=['resnet32'], block=['resnet32'])
@@ -203,9 +204,9 @@ SETTINGS = {
         learning_rate_decay='cosine', warmup=2.0),
     'lenet5': Configuration(
         'lenet5', activation='maxout', initialization='xavier_normal',
-        epochs=150, optimizer='nesterov', learning_rate=0.02, weight_decay=5e-4,
+        epochs=150, optimizer='nesterov', learning_rate=0.02, weight_decay=5e-4, clip=10.0,
         learning_rate_decay='cosine', warmup=2.0),
-    # As the report demands; its weight decay and six drops are free
+    # As the report demands; its weight decay is free, and its drops, after epochs 60, 99, 119, 133, 143, 150
     'resnet32': Configuration(
         'resnet32', weight_decay=5e-4, milestones=(0.36, 0.6, 0.72, 0.81, 0.87, 0.91), gamma=0.5),
 }
@@ -227,8 +228,9 @@ class Parser(argparse.ArgumentParser):
 
 def add_data_options(group):
     """Add the options on CIFAR-10's files, which both scripts have."""
-    group.add_argument('--data-dir', type=os.path.expanduser, default='dataset', help="where images are")
-    group.add_argument('--data-url', nargs='+', metavar='URL', help="where CIFAR-10's archive is fetched")
+    group.add_argument('--data-dir', type=os.path.expanduser, default='dataset',
+                       help="folder of CIFAR-10, which is fetched if it is missing")
+    group.add_argument('--data-url', nargs='+', metavar='URL', help="servers that have CIFAR-10's archive")
 
 
 def path_of_run(text):
@@ -327,12 +329,12 @@ class Run:
 
     @property
     def best(self):
-        """The early-stopping epoch: the first one with the highest validation accuracy."""
+        """The best epoch, the slides' early-stopping epoch: the first of the highest validation accuracy."""
         return max(self.history, key=lambda row: row.val_accuracy)
 
     @property
     def accuracy(self):
-        """The validation accuracy of the early-stopping epoch, in percent."""
+        """The validation accuracy of the best epoch, in percent."""
         return self.best.val_accuracy
 
     @property
@@ -344,7 +346,7 @@ class Run:
     def is_finished(self):
         """Whether all epochs are done, or `patience` of them after the last drop brought nothing better."""
         config, epochs = self.config, len(self.history)
-        # Patience counts from the last drop on, as every drop brings a better epoch.
+        # Patience counts from the last drop on, as a drop usually brings a better epoch.
         last_drop = {'step': max(config.milestones) * config.epochs,
                      'cosine': config.epochs,  # it falls to the end: no early stop
                      'none': 0}[config.learning_rate_decay]
@@ -378,7 +380,7 @@ class Run:
 
 
 def read_runs(folder=RESULTS):
-    """The runs in a folder, by name; those that can't be read are named and left out."""
+    """The runs right in a folder, sorted by name; those that can't be read are named and left out."""
     runs = []
     for file in sorted(folder.glob('*/config.json')):
         try:

@@ -107,7 +107,8 @@ def build_model(config, device):
     return model.to(device)
 
 
-# What weights_only=True may make beside tensors: NumPy's numbers, as many files have one for the accuracy
+# weights_only=True lets a file make tensors only. NumPy's numbers are safe too, and many files have one for
+# their accuracy.
 MAKE_NUMBER = np.float64().__reduce__()[0]  # the function that their pickles call
 NUMBERS = [MAKE_NUMBER, (MAKE_NUMBER, 'numpy.core.multiarray.scalar'),  # its name before NumPy 2
            np.dtype, *map(type, map(np.dtype, '?bhilqBHILQefdg'))]  # booleans, integers and floats
@@ -183,7 +184,7 @@ def evaluate_run(run, data_dir, device):
     _, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device, urls=())
     model = load_model(run.folder / 'best.pt', config.model, device)
 
-    # What the model takes each of them for: of each class the share that it takes for each class
+    # Confusion matrix: the percentage of each true class that is taken for each class
     images, labels = val_data.tensors
     probability = predict(model, images).softmax(1)
     predicted, names = probability.argmax(1), CLASSES[config.dataset]
@@ -252,9 +253,9 @@ def plot_accuracy(compared, file, options=()):
     axes = Figure(figsize=(4, 3.3) if single else (4.7, 2.4)).subplots()
     colours, dashes = {}, {}
     for (first, *others), runs in compared.items():
-        # The mean over the seeds, for the epochs that all of them have
+        # The mean over the seeds of each column; zip ends with the shortest run.
         mean = Epoch(*np.mean(list(zip(*(run.history for run in runs))), 1).T)
-        # A value that is new gets the next colour, or the next dashes.
+        # A value that is new gets the next colour, or the next dashes, black (k) in the legend only.
         colour = colours.setdefault(first, f'C{len(colours)}')
         dash = dashes.setdefault(', '.join(others), 'k- k-- k: k-.'.split()[len(dashes) % 4])
         axes.plot(mean.epoch, mean.val_accuracy, colour + dash[1:])
@@ -343,7 +344,7 @@ figcaption { display: none; font-size: 12px } .pixels figcaption { display: bloc
 
 
 def seedless(run):
-    """What runs that differ only in their seed share; an unfinished one is a run of its epochs so far."""
+    """The key of runs that differ only in their seed; an unfinished run has the epochs that it did so far."""
     return replace(run.config, seed=0, epochs=run.config.epochs if run.is_finished else len(run.history))
 
 
@@ -398,7 +399,7 @@ def setting_cells(runs):
 
 
 def recomputed(runs, name, join=mean_std):
-    """What evaluate_run found of that name, its mean as text; '' where it has not evaluated all runs yet."""
+    """The mean of what evaluate_run found of that name, as text; '' where it has not seen all runs yet."""
     with contextlib.suppress(Exception):  # there is no such record, or a damaged one
         return join([json.loads((run.folder / 'evaluation.json').read_text())[name] for run in runs])
     return ''
@@ -476,7 +477,7 @@ def html_picture(file, words):
 <figcaption>{escape(words)}</figcaption></figure>"""
 
 
-def html_row(shown, name):
+def html_pictures(shown, name):
     """HTML of the pictures of that name, side by side, that the settings shown have."""
     pictures = [html_picture(runs[0].folder / f'{name}.png', f'{name}, {describe(runs)}') for runs in shown]
     return f'<div class="row">{"".join(pictures)}</div>'
@@ -539,17 +540,17 @@ def html_models(shown):
 epoch. Recomputed: from the best weights. Of several seeds the mean ± standard deviation and the median of
 the minutes.</p></section>
 <section><h2>How the models learned, and what their first layers look for</h2>
-{html_row(shown, 'loss')}
+{html_pictures(shown, 'loss')}
 <p class="small">Above, the losses and the learning rate. Below, the weights of the first layer as pictures,
 red, green and blue: a unit of an MLP looks at a whole image, a filter of a convolution at a few pixels,
 everywhere in the image. Each picture goes from its lowest weight to its highest; a black one has no weights
 left.</p>
-<div class="pixels">{html_row(shown, 'weights')}</div></section>
+<div class="pixels">{html_pictures(shown, 'weights')}</div></section>
 <section><h2>Which classes are hard</h2>
 <p class="small">The share of each class that the first seed of each model gets right, and, in the columns
 "as", what {last[0].config.title} takes the class for (confusion matrix)</p>
 <div class="results">{html_table(classes)}</div>
-<div class="row pixels">{html_row(shown[-1:], 'mistakes')}</div>
+<div class="row pixels">{html_pictures(shown[-1:], 'mistakes')}</div>
 <p class="small">What it takes them for (and what they are):
 {escape(recomputed(last, 'mistakes', ''.join))}</p>
 </section>
@@ -580,7 +581,7 @@ def html_settings(shown):
 {', '.join(f"{row['Model']} {row['Accuracy']}" for row in table if 'Accuracy' in row) or 'see below'}</p>
 {html_table(table)}
 {'<h2>Validation dataset accuracy plot</h2>' if shown else ''}
-{html_row(shown, 'accuracy')}
+{html_pictures(shown, 'accuracy')}
 <h2>Summary [결과 정리]</h2>
 {''.join(f'<p>{escape(paragraph)}</p>' for paragraph in paragraphs if paragraph)}
 {html_models(shown) if shown else ''}"""
@@ -588,17 +589,17 @@ def html_settings(shown):
 
 def write_report():
     """Write results/report.html, a single file with all figures inside, of all that is in results/."""
-    # The runs in each folder, those in results/ itself first
+    # found: the runs in each folder, those in results/ itself first
     found = {folder: read_runs(folder)
              for folder in sorted({file.parent.parent for file in RESULTS.glob('*/**/config.json')})}
-    # The settings' runs of other seeds count wherever they lie.
+    # top: the runs in results/ by their configuration, and the settings' other seeds, wherever they lie
     settings = SETTINGS.values()
     top = group_seeds(run for folder, runs in found.items() for run in runs
                       if folder == RESULTS or seedless(run) in settings)
-    # Of each model the setting's runs stand in the slides' table, or those of its plain name.
+    # shown: the runs in the slides' table by their model, those of its setting or else of its plain name
     shown = {config.model: runs for config, runs in top.items()
              if config in settings or runs[0].folder == RESULTS / config.model}
-    # Each run that is none of the settings' has a section, and each folder of such runs.
+    # experiments: by folder what a section shows, each run in results/ and each group, by configuration
     experiments = {runs[0].folder: {config: runs} for config, runs in top.items()}
     experiments |= {folder: group_seeds(runs) for folder, runs in found.items() if folder != RESULTS}
     if not any(found.values()):
@@ -680,7 +681,7 @@ def evaluate_and_report(runs, data_dir, device):
 def main():
     parser = Parser("""python CIFAR10_evaluation.py [OPTION VALUE ...]
 
-  Recompute the accuracies of all runs in results/ and write results/report.html:
+  Recompute the accuracies of the runs right in results/ and write results/report.html:
     python CIFAR10_evaluation.py
   Print the class of any picture:
     python CIFAR10_evaluation.py --predict cat.jpg dog.png""")

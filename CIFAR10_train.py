@@ -1,6 +1,6 @@
-"""Train one of the three settings: python CIFAR10_train.py --model resnet32
+"""Train a setting, or a group of runs that differ from it: python CIFAR10_train.py --model resnet32
 
-The run is kept in results/<name>/. Whatever interrupts it, the same command continues it after its last whole
+A run is kept in results/<name>/. Whatever interrupts it, the same command continues it after its last whole
 epoch.
 """
 import contextlib
@@ -64,9 +64,9 @@ def build_optimizer(model, config):
 
 
 def get_learning_rate(config, epoch):
-    """The learning rate when so many epochs (float) of the training are over; a warmup begins at 0."""
+    """The learning rate after so many epochs, parts of one included; a warmup begins at 0."""
     warmup = min(1, epoch / config.warmup) if config.warmup else 1
-    # It drops between epochs, by gamma at each milestone passed.
+    # By gamma at each milestone passed; int: a drop waits for the next whole epoch.
     passed = sum(int(epoch) >= part * config.epochs for part in config.milestones)
     decay = {'step': config.gamma ** passed,
              'cosine': (1 + math.cos(math.pi * epoch / config.epochs)) / 2,
@@ -94,7 +94,7 @@ def save(file, run, **content):
 
 
 def save_checkpoint(run, model, optimizer):
-    """Write the record and last.pt, and best.pt if the last epoch was the best; process 0 does it for all."""
+    """Write last.pt, the record if there is an epoch, and best.pt if it is the best; process 0 does it."""
     if RANK > 0:
         return
     if run.history:
@@ -137,9 +137,8 @@ def find_run(name, config):
             changed = config.differences(run.config)
             if changed:
                 raise UserError(
-                    f"{folder} is unfinished and was begun with {flag(changed[0])} "
-                    f"{run.config.as_given(changed[0])}: repeat its options to continue it, or choose "
-                    "another --name.")
+                    f"{folder} is unfinished, with {flag(changed[0])} {run.config.as_given(changed[0])}: "
+                    "repeat its options to continue it, or choose another --name.")
             print(f"Continuing {folder.relative_to(RESULTS)} at epoch {len(run.history) + 1} of "
                   f"{config.epochs}.")
             return run, checkpoint
@@ -165,8 +164,7 @@ def lock(folder):
             else:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"{folder} can't be used, as another process is writing there: wait for it, "
-                            "or choose another --name.") from None
+            raise UserError(f"Another process writes in {folder}: wait, or use another --name.") from None
         except OSError:
             pass  # the disk has no locks
         yield
@@ -193,7 +191,7 @@ def check_loss(loss, where, rate):
     """Raise Diverged unless a loss is finite."""
     if not math.isfinite(loss):
         raise Diverged(f"The loss is {loss} at {where}, learning rate {rate:.2g}: train under another --name "
-                       "with a smaller --learning-rate or --clip; the finished epochs are kept.")
+                       "with a smaller --learning-rate or with --clip 10; the finished epochs are kept.")
 
 
 def print_step(config, epoch, step, steps, loss, rate, seconds):

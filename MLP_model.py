@@ -32,7 +32,7 @@ def initialize(model, initialization):
 
 
 class MLP_model(nn.Module):
-    """Fully connected layers only; images (N, 3, 32, 32) -> logits (N, 10)."""
+    """Fully connected layers, batch norm, dropout; images (N, 3, 32, 32) -> logits (N, 10)."""
 
     def __init__(self, hidden=(1024, 512), activation='relu', initialization='he_normal', dropout=0.0,
                  normalization='none'):

@@ -20,7 +20,7 @@ class IdentityPadding(nn.Module):
         self.add_channels = out_channels - in_channels
 
     def forward(self, x):
-        # Pooling first gives the same as padding first, and pools no zeros.
+        # Pooling over one pixel only skips pixels. F.pad wants a pair of widths for W, for H, for channels.
         return F.pad(self.pooling(x), [0, 0, 0, 0, 0, self.add_channels])
 
 
@@ -93,7 +93,11 @@ BLOCKS = {'residual': ResidualBlock, 'projection': ProjectionBlock, 'plain': Pla
 
 
 class ResNet(nn.Module):
-    """A ResNet of 6 * num_layers + 2 weighted layers; images (N, 3, 32, 32) -> logits (N, num_classes)."""
+    """A ResNet of 6 * num_layers + 2 weighted layers; images (N, 3, 32, 32) -> logits (N, num_classes).
+
+    The names are the slides': num_layers is n, the blocks of two layers in each of the three groups, after
+    which the net has 2n, 4n and 6n layers beside the first one.
+    """
 
     def __init__(self, num_layers, block, num_classes=10):
         super().__init__()
@@ -142,5 +146,5 @@ class ResNet(nn.Module):
 
 
 def ResNet32_model():
-    """ResNet-32: a convolution, 3 groups of 5 blocks of 2 convolutions, a linear layer: 464,154 weights."""
+    """ResNet-32: a convolution, 3 x 5 blocks of 2 convolutions, a linear layer: 464,154 parameters."""
     return ResNet(5, ResidualBlock)

@@ -11,7 +11,8 @@ from CIFAR10_configuration import UserError
 from dataset import synthetic
 from dataset.download import ensure_cifar10
 
-# Mean and deviation of red, green and blue in [0, 1], as on the slides; all pixels deviate by about 0.25.
+# Mean and deviation of red, green and blue in [0, 1], as on the slides. Over all pixels the deviation is
+# about 0.25; this one is the mean over images.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 # The names of the classes 0 to 9; CIFAR-10's are spelled as on the slides.
@@ -27,7 +28,7 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
     Args:
         dataset (str): 'cifar10' (50,000 training and 10,000 test images) or 'synthetic' (5,000 and 1,000).
         data_dir (str or Path): folder that holds, or gets, CIFAR-10.
-        holdout (int): this many class-balanced training images are the validation images;
+        holdout (int): this many training images, about equally many of each class, are the validation images;
             with 0 the test images are.
         seed (int): decides which images are held out.
         device (str or torch.device): where the images are kept.
@@ -52,7 +53,7 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
         return data, read(train=False)
     if holdout >= len(data):
         raise UserError(f"--holdout {holdout} leaves none of {len(data)} training images: choose fewer.")
-    # The numbers of the images in random order, then a row of them for each class
+    # The numbers of the images in random order, then sorted into a row for each class; all are equally large.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(device)
     by_class = order[data.tensors[1][order].argsort(stable=True)].view(10, -1)
     order = by_class.T.flatten()  # one image of each class in turn

@@ -132,7 +132,7 @@ def test_a_second_process_is_refused(unfinished, few_images):
     before = content(unfinished)
     with lock(unfinished / 'results' / 'mlp'):
         done = script(unfinished, f'CIFAR10_train.py {OPTIONS}')
-    assert done.returncode == 2 and 'another process is writing' in done.stderr
+    assert done.returncode == 2 and 'Another process writes' in done.stderr
     assert content(unfinished) == before
 
 
