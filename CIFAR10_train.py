@@ -191,7 +191,7 @@ def check_loss(loss, where, rate):
     """Raise Diverged unless a loss is finite."""
     if not math.isfinite(loss):
         raise Diverged(f"The loss is {loss} at {where}, learning rate {rate:.2g}: train under another --name "
-                       "with a smaller --learning-rate or with --clip 10; the finished epochs are kept.")
+                       "with a smaller --learning-rate or a --clip up to 10; the finished epochs are kept.")
 
 
 def print_step(config, epoch, step, steps, loss, rate, seconds):
