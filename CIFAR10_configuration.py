@@ -375,8 +375,7 @@ class Run:
             return Run(folder, Configuration.from_record(record['configuration']),
                        dict(record['machine']), history)
         except Exception as error:  # whatever a damaged record can raise
-            raise UserError(f"{folder} holds no readable run ({error}): restore it, train it or name another "
-                            "one.") from None
+            raise UserError(f"{folder} holds no readable run ({error}): restore it or train it.") from None
 
 
 def read_runs(folder=RESULTS):
@@ -423,7 +422,8 @@ def print_once(text):
 def run_script(main):
     """Call a script's main function; a user's mistake ends it with one sentence and exit code 2."""
     with contextlib.suppress(AttributeError):  # Jupyter's has no reconfigure
-        sys.stdout.reconfigure(errors='replace')  # a question mark for a letter that the console lacks
+        # A question mark for a letter that the console lacks; each line is shown as soon as it is printed.
+        sys.stdout.reconfigure(errors='replace', line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:
@@ -435,7 +435,7 @@ def run_script(main):
         if isinstance(error, OSError):
             error = f"{error.filename or 'A file'} can't be read or written ({error.strerror}): check it."
         elif not isinstance(error, UserError):
-            if not re.search('(?i)memory|alloc', f'{type(error)} {error}'):
+            if not re.search('(?i)memory(?! access| location)|alloc', f'{type(error)} {error}'):
                 raise
             # As the messages of CPU, GPU and NumPy have it
             size = re.search(r'to allocate ([\d.]+ \w+)', str(error))

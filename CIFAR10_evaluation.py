@@ -603,8 +603,7 @@ def write_report():
     experiments = {runs[0].folder: {config: runs} for config, runs in top.items()}
     experiments |= {folder: group_seeds(runs) for folder, runs in found.items() if folder != RESULTS}
     if not any(found.values()):
-        raise UserError(f"There are no readable runs in {RESULTS.absolute()}: train one, or go where they "
-                        "are.")
+        raise UserError(f"There are no readable runs in {RESULTS.absolute()}: train one, or go to them.")
     sections = [experiment_section(folder, groups, top) for folder, groups in experiments.items()
                 if groups.keys() - settings]
     atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}{html_settings(shown)}
@@ -641,7 +640,7 @@ def predict_pictures(names, run, device):
             try:
                 image = read_picture(file).to(device)
             except Exception as error:  # it is missing, or damaged, whatever makes the decoders raise
-                print(f"{file}: not a picture that can be read ({error})")
+                print(f"{file}: not a picture that can be read ({str(error) or type(error).__name__})")
                 continue
             probability, label = predict(model, image[None])[0].softmax(0).max(0)
             print(f"{file}: {CLASSES[run.config.dataset][label]}, {probability:.1%} sure "

@@ -132,15 +132,15 @@ def find_run(name, config):
         folder = RESULTS / (name if number == 1 else f'{name}-{number}')
         if (folder / 'last.pt').exists():
             run, checkpoint = load_checkpoint(folder / 'last.pt')
-            if run.is_finished:
-                continue
             changed = config.differences(run.config)
+            # One whose evaluation is missing was interrupted in it, and goes on there.
+            if run.is_finished and (changed or (folder / 'evaluation.json').exists()):
+                continue
             if changed:
                 raise UserError(
                     f"{folder} is unfinished, with {flag(changed[0])} {run.config.as_given(changed[0])}: "
                     "repeat its options to continue it, or choose another --name.")
-            print(f"Continuing {folder.relative_to(RESULTS)} at epoch {len(run.history) + 1} of "
-                  f"{config.epochs}.")
+            print(f"Continuing {folder.relative_to(RESULTS)} after epoch {len(run.history)}.")
             return run, checkpoint
         if not any((folder / file).exists() for file in ('config.json', 'best.pt')):
             if number > 1:
@@ -176,11 +176,11 @@ def lock(folder):
 
 def print_progress(line, done=False):
     """Rewrite the progress line on a terminal; elsewhere print the lines that are done."""
-    if sys.stdout.isatty():
+    if sys.stdout and sys.stdout.isatty():  # it can be closed
         # Padded, to hide a longer line before; cut while it changes, as a line that wraps can't be rewritten.
-        print(f'\r{line:79}' if done else f'\r{line:79.79}', end='\n' if done else '', flush=True)
+        print(f'\r{line:79}\n' if done else f'\r{line:79.79}', end='')
     elif done:
-        print(line, flush=True)
+        print(line)
 
 
 class Diverged(UserError):
@@ -255,14 +255,14 @@ def load_images(config, options, device):
     if config.dataset != 'cifar10':
         print("These are synthetic images, NOT CIFAR-10.")
     print(f"Training images: {len(train_data):,}\nValidation images: {len(val_data):,}\n"
-          f"Shape of an image: {list(train_data.tensors[0].shape[1:])}", flush=True)
+          f"Shape of an image: {list(train_data.tensors[0].shape[1:])}")
 
     # Every process needs an image of each batch, and an MLP's batch norm two, as one has no variance.
     smallest = len(train_data) % config.batch_size or config.batch_size
     needed = WORLD_SIZE * (2 if config.normalization == 'batch' else 1)
     if smallest < needed:
-        raise UserError(f"--batch-size {config.batch_size} leaves a batch of {smallest}, but this training "
-                        f"needs {needed} images in each: choose another.")
+        raise UserError(
+            f"--batch-size {config.batch_size} leaves a batch of {smallest}: let it leave {needed}.")
     return train_data, val_data
 
 
@@ -322,8 +322,11 @@ def train(name, config, options, device):
     precision = choose_precision(options.precision, device)
     run.machine = describe_machine(device, precision)
     if checkpoint:
-        model.load_state_dict(checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        try:
+            model.load_state_dict(checkpoint['model'])
+            optimizer.load_state_dict(checkpoint['optimizer'])
+        except Exception:  # whatever is missing, or has another shape
+            raise UserError(f"{run.folder} holds another network's run: use another --name.") from None
 
     # Speed: training_model shares its weights with model, which is saved, and validated in float32.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')
@@ -360,11 +363,10 @@ def main():
     if WORLD_SIZE > 1:
         dist.init_process_group()
     if RANK > 0:
-        sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one speaks for all
+        sys.stdout = None  # it prints nothing, as one speaks for all
     print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device.type}")
     if shutil.which('nvidia-smi') and not torch.version.cuda:
-        print(f"PyTorch {torch.__version__} is built without CUDA, so this machine's NVIDIA GPU is not used: "
-              "pytorch.org has the command that installs one with it.")
+        print(f"PyTorch {torch.__version__} is built without CUDA: pytorch.org has one for your NVIDIA GPU.")
 
     # The finished runs of the group, if it is one (all names lie in one folder), by their configuration
     group = (RESULTS / next(iter(configs))).parent

@@ -45,7 +45,7 @@ def fetch(archive, urls):
         archive.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to fetch
         if archive.exists():  # the user's own, and damaged
             archive.replace(archive.with_suffix('.damaged'))
-        print(f"Downloading 170 MB from {url}", flush=True)
+        print(f"Downloading 170 MB from {url}")
         try:
             return download_url_to_file(url, archive, SHA256, progress=sys.stderr.isatty())
         except Exception as error:  # whatever a server or a mistyped URL makes it raise

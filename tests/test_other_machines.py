@@ -220,7 +220,7 @@ def test_a_history_open_at_the_end_is_named_and_the_same_command_writes_it(tmp_p
         done = script(tmp_path, f'{SMALL} --epochs 2')
     assert done.returncode == 2 and 'history.csv' in done.stderr and len(done.stderr.splitlines()) == 1
     done = script(tmp_path, f'{SMALL} --epochs 2')
-    assert done.returncode == 0 and 'Continuing mlp at epoch 2' in done.stdout
+    assert done.returncode == 0 and 'Continuing mlp after epoch 1' in done.stdout
     assert len(rows(tmp_path / 'results' / 'mlp')) == 2 and not (tmp_path / 'results' / 'mlp-2').exists()
 
 

@@ -94,7 +94,7 @@ def test_a_signal_keeps_the_finished_epochs_and_the_same_command_continues(numbe
     assert training.returncode == code and not errors
     assert ('the same command continues' in output) == (number == signal.SIGINT)
     done = script(tmp_path, f'CIFAR10_train.py {whole[0]}')
-    assert done.returncode == 0 and 'Continuing mlp at epoch 2 of 2' in done.stdout
+    assert done.returncode == 0 and 'Continuing mlp after epoch 1' in done.stdout
     assert_same_run(tmp_path / 'results' / 'mlp', whole[1])
 
 
@@ -144,6 +144,40 @@ def test_a_damaged_checkpoint_is_named_and_kept(bad, unfinished, tmp_path, few_i
     done = script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
     assert done.returncode == 2 and "last.pt can't be loaded" in done.stderr and last.read_bytes() == bad
     assert 'another --name' in done.stderr
+
+
+@pytest.mark.parametrize('change', [
+    lambda saved: saved['model'].update({'layers.1.weight': torch.zeros(9, 9)}),
+    lambda saved: saved['model'].pop('fc_out.bias'), lambda saved: saved.pop('optimizer'),
+    lambda saved: saved['optimizer']['param_groups'].clear()])
+def test_a_checkpoint_of_another_network_is_named_and_kept(change, unfinished, tmp_path, few_images):
+    last = shutil.copytree(unfinished / 'results', tmp_path / 'results') / 'mlp' / 'last.pt'
+    saved = torch.load(last)
+    change(saved)
+    torch.save(saved, last)
+    before = content(tmp_path)
+    done = script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
+    assert done.returncode == 2 and "another network's run" in done.stderr and 'another --name' in done.stderr
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize('moment', ['CIFAR10_evaluation.predict', 'CIFAR10_train.plot_accuracy'])
+def test_whatever_interrupts_the_evaluation_no_finished_run_is_trained_again(moment, tmp_path, few_images):
+    for error in KeyboardInterrupt(), OSError(errno.ENOSPC, 'full'):
+        with pytest.MonkeyPatch.context() as patch:
+            if moment.endswith('predict'):  # which validation calls too
+                patch.setattr('CIFAR10_train.evaluate', lambda *_: (1, 50))
+            patch.setattr(moment, refusing(error))
+            script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
+        assert not (tmp_path / 'results' / 'mlp' / 'evaluation.json').exists()
+    before = content(tmp_path)
+    done = script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
+    assert done.returncode == 0 and 'epoch 2/2' not in done.stdout, done.stderr
+    assert (tmp_path / 'results' / 'mlp' / 'evaluation.json').exists()
+    assert not (tmp_path / 'results' / 'mlp-2').exists()
+    assert {file: text for file, text in before.items() if file.suffix != '.pt'} == {
+        file: text for file, text in content(tmp_path).items() if file.suffix != '.pt'}
+    assert len(rows(tmp_path / 'results' / 'mlp')) == 2
 
 
 def test_a_finished_run_stays_as_it_is_whatever_the_options(tmp_path, few_images):
@@ -260,9 +294,12 @@ def test_too_little_memory_is_one_sentence_and_keeps_the_finished_epochs(name, e
     if 'predict' not in name:
         assert {file: text for file, text in content(tmp_path).items() if file.name != 'last.pt'} == {
             file: text for file, text in before.items() if file.name != 'last.pt'}
-    monkeypatch.setattr(name, refusing(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
-    with pytest.raises(RuntimeError):  # an error in the program keeps its traceback
-        script(tmp_path, f'CIFAR10_train.py {OPTIONS} --name other')
+    # An error in the program keeps its traceback
+    for text in ("mat1 and mat2 shapes cannot be multiplied", "an illegal memory access was encountered",
+                 "more than one element of the written-to tensor refers to a single memory location"):
+        monkeypatch.setattr(name, refusing(RuntimeError(text)))
+        with pytest.raises(RuntimeError):
+            script(tmp_path, f'CIFAR10_train.py {OPTIONS} --name other')
 
 
 @pytest.mark.parametrize('times', [itertools.repeat(5.0), itertools.count(step=1e-9)])
@@ -276,12 +313,21 @@ def test_a_clock_that_stands_still_stops_nothing(times, unfinished, tmp_path, fe
 
 
 @pytest.mark.skipif(os.name == 'nt', reason="pipes break otherwise there")
-def test_whoever_stops_reading_ends_the_program_quietly(tmp_path):
+@pytest.mark.parametrize('lines', [0, 1])
+def test_whoever_stops_reading_ends_the_program_quietly(lines, tmp_path):
     training = subprocess.Popen([*TRAIN, *f'{MLP} --hidden 8 --epochs 900'.split()], cwd=tmp_path, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    training.stdout.readline()
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={**os.environ, 'PYTHONUNBUFFERED': ''})
+    for _ in range(lines):
+        training.stdout.readline()
     training.stdout.close()
     assert training.stderr.read() == '' and training.wait(60) == 1
+
+
+@pytest.mark.skipif(os.name == 'nt', reason="closes a descriptor as a shell does")
+def test_a_closed_output_stops_no_training(tmp_path):
+    done = process(tmp_path, f'CIFAR10_train.py {MLP} --hidden 8', preexec_fn=lambda: os.close(1))
+    assert done.returncode == 0 and len(rows(tmp_path / 'results' / 'mlp')) == 2, done.stderr
 
 
 @pytest.mark.parametrize('variables', [dict(RANK='1'), dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='1'),

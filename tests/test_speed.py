@@ -107,7 +107,7 @@ def test_without_batch_norm_two_processes_train_as_one_also_after_one_dies(tmp_p
     together = torchrun(tmp_path, command)
     assert alone.returncode == 0 and together.returncode == 0, together.stderr
     # Only one process prints
-    for text in ('Continuing together at epoch', 'epoch 2/2', 'The report is'):
+    for text in ('Continuing together after epoch', 'epoch 2/2', 'The report is'):
         assert together.stdout.count(text) == 1
     for a, b in zip(*(rows(tmp_path / 'results' / name) for name in ('alone', 'together')), strict=True):
         for column in ('train_loss', 'val_loss', 'learning_rate'):
