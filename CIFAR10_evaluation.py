@@ -155,8 +155,7 @@ def load_model(file, name, device):
     except RuntimeError as error:
         # Its second line is the first complaint, of which the first name is enough.
         first = str(error).splitlines()[1].split(', "')[0].strip()
-        raise UserError(f"{file} does not fit {type(model).__name__} ({first}): choose the --model that the "
-                        "weights belong to.") from None
+        raise UserError(f"{file} does not fit {type(model).__name__} ({first}): give its --model.") from None
     return model
 
 
@@ -238,8 +237,8 @@ def finish(axes, file, title, ylabel, heading=None):
     axes.set(xlabel='epoch', ylabel=ylabel, title=title)
     axes.locator_params('x', integer=True)  # no epoch 1.5
     axes.grid(alpha=0.3)
-    place = 'outside right upper' if heading else 'outside lower center'
-    axes.figure.legend(title=heading, loc=place, ncols=1 if heading else 3)
+    axes.figure.legend(title=heading, ncols=1 if heading else 3,
+                       loc='outside right upper' if heading else 'outside lower center')
     save_figure(axes, file)
 
 

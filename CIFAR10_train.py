@@ -105,27 +105,33 @@ def save_checkpoint(run, model, optimizer):
         except UserError:  # for example as a spreadsheet has history.csv open
             if run.is_finished:  # there is no later epoch to write it
                 raise
-            print_once(f"\nThe record in {run.folder} can't be written now (is it open elsewhere, or the "
-                       "disk full?): training goes on, and tries it again after the next epoch.")
+            print_once(f"\nThe record in {run.folder} can't be written now (is it open?): it is tried again.")
     # It comes last: if the program dies before it, this epoch is lost, trained again and written again.
-    save(run.folder / 'last.pt', run, history=[row._asdict() for row in run.history],
+    save(run.folder / 'last.pt', run, history=list(map(Epoch._asdict, run.history)),
          model=model.state_dict(), optimizer=optimizer.state_dict())
+
+
+@contextlib.contextmanager
+def reading(file):
+    """Raise UserError within a with block for whatever a checkpoint lacks, or has in another shape."""
+    try:
+        yield
+    except Exception:
+        raise UserError(f"{file} is another network's run, or damaged: use another --name.") from None
 
 
 def load_checkpoint(file):
     """The Run that last.pt tells of, and all that it holds. Raises UserError where it is damaged."""
     checkpoint = load_file(file)
-    try:
-        config = Configuration.from_record(checkpoint['configuration'])
-        return Run(file.parent, config, {}, [Epoch(**row) for row in checkpoint['history']]), checkpoint
-    except Exception:  # whatever is missing, if another program wrote the file
-        raise UserError(f"{file} is no checkpoint of this program: train under another --name.") from None
+    with reading(file):
+        return Run(file.parent, Configuration.from_record(checkpoint['configuration']), {},
+                   [Epoch(**row) for row in checkpoint['history']]), checkpoint
 
 
 def find_run(name, config):
     """The run to continue and its checkpoint, or a new run and None.
 
-    What is finished stays as it is: the new run goes to <name>-2, -3 ...
+    What is finished and evaluated stays as it is: the new run goes to <name>-2, -3 ...
     Raises UserError where an unfinished run has other options.
     """
     for number in itertools.count(1):
@@ -133,7 +139,7 @@ def find_run(name, config):
         if (folder / 'last.pt').exists():
             run, checkpoint = load_checkpoint(folder / 'last.pt')
             changed = config.differences(run.config)
-            # One whose evaluation is missing was interrupted in it, and goes on there.
+            # One that is not evaluated yet has only that left to do.
             if run.is_finished and (changed or (folder / 'evaluation.json').exists()):
                 continue
             if changed:
@@ -310,23 +316,20 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
 
 def train(name, config, options, device):
     """Begin or continue the run of that name, up to its last epoch or its early stop. Returns its Run."""
+    # Images, model and optimizer
     train_data, val_data = load_images(config, options, device)
-
-    # Model and optimizer
     torch.manual_seed(config.seed)
     model = build_model(config, device)
     optimizer = build_optimizer(model, config)
 
     # The run's folder, which process 0 finds for all; an unfinished run goes on from its checkpoint
-    run, checkpoint = from_process_0(find_run(name, config) if RANK == 0 else None)
+    run, checkpoint = from_process_0(RANK == 0 and find_run(name, config))
     precision = choose_precision(options.precision, device)
     run.machine = describe_machine(device, precision)
     if checkpoint:
-        try:
+        with reading(run.folder / 'last.pt'):
             model.load_state_dict(checkpoint['model'])
             optimizer.load_state_dict(checkpoint['optimizer'])
-        except Exception:  # whatever is missing, or has another shape
-            raise UserError(f"{run.folder} holds another network's run: use another --name.") from None
 
     # Speed: training_model shares its weights with model, which is saved, and validated in float32.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')

@@ -53,10 +53,10 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
         return data, read(train=False)
     if holdout >= len(data):
         raise UserError(f"--holdout {holdout} leaves none of {len(data)} training images: choose fewer.")
-    # The numbers of the images in random order, then sorted into a row for each class; all are equally large.
+    # The numbers of the images in random order, then sorted into a row for each class, as all are equally
+    # large; its columns have one image of each class in turn.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(device)
-    by_class = order[data.tensors[1][order].argsort(stable=True)].view(10, -1)
-    order = by_class.T.flatten()  # one image of each class in turn
+    order = order[data.tensors[1][order].argsort(stable=True)].view(10, -1).T.flatten()
     return TensorDataset(*data[order[holdout:]]), TensorDataset(*data[order[:holdout]])
 
 
