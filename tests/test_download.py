@@ -2,6 +2,7 @@
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -58,6 +59,11 @@ def test_a_bad_server_is_given_up_for_the_next_which_delivers(path, following, s
     assert len(data_load('cifar10', tmp_path / 'empty', urls=urls)[0]) == 100
     assert capsys.readouterr().out.count('No images from') == 2
     assert sorted(os.listdir(tmp_path / 'empty')) == [CIFAR10.base_folder, CIFAR10.filename]
+
+
+def test_images_arrive_though_the_error_output_is_closed(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'stderr', None)
+    assert len(data_load('cifar10', tmp_path, urls=server.urls('good'))[0]) == 100
 
 
 def test_without_any_good_server_one_sentence_says_what_to_do(server, tmp_path):
