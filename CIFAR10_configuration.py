@@ -39,8 +39,8 @@ class Configuration:
     """All that decides what a run learns. Raises UserError for a value that is not allowed.
 
     The text below each field is what --help says of it; REASONS reads it from this source. The defaults here
-    are those of the slides, which SETTINGS below changes for each model; --help shows the result. A field
-    that a model does not have means nothing there.
+    are those of the slides or of He et al. 2016, which SETTINGS below changes for each model; --help shows
+    the result. A field that a model does not have means nothing there.
     """
     model: Literal[MODELS] = 'resnet32'
     """one of the three settings"""
@@ -77,10 +77,10 @@ class Configuration:
     """MLP: batch normalization, Ioffe & Szegedy 2015"""
 
     activation: Literal['sigmoid', 'tanh', 'relu', 'leaky_relu', 'maxout', 'elu'] = 'relu'
-    """ReLU doesn't saturate above 0, so gradients pass"""
+    """ReLU lets gradients pass; maxout learns more, with more weights"""
 
     initialization: Literal['xavier_normal', 'he_normal'] = 'he_normal'
-    """He's keeps the variance through ReLU layers"""
+    """He's keeps the variance through ReLU layers, Xavier's through linear ones"""
 
     depth: Literal[8, 14, 20, 32, 44, 56, 110] = 32
     """ResNet: layers, 6 n + 2"""
@@ -206,7 +206,8 @@ SETTINGS = {
         'lenet5', activation='maxout', initialization='xavier_normal',
         epochs=150, optimizer='nesterov', learning_rate=0.02, weight_decay=5e-4, clip=10.0,
         learning_rate_decay='cosine', warmup=2.0),
-    # As the report demands; its weight decay is free, and its drops, after epochs 60, 99, 119, 133, 143, 150
+    # As the report demands; weight decay, epochs and drops are free. Halving after epochs 60, 99, 119, 133,
+    # 143 and 150, the learning rate follows a cosine in steps.
     'resnet32': Configuration(
         'resnet32', weight_decay=5e-4, milestones=(0.36, 0.6, 0.72, 0.81, 0.87, 0.91), gamma=0.5),
 }
@@ -229,7 +230,7 @@ class Parser(argparse.ArgumentParser):
 def add_data_options(group):
     """Add the options on CIFAR-10's files, which both scripts have."""
     group.add_argument('--data-dir', type=os.path.expanduser, default='dataset',
-                       help="folder of CIFAR-10, which is fetched if it is missing")
+                       help="folder of CIFAR-10; a training fetches it if it is missing")
     group.add_argument('--data-url', nargs='+', metavar='URL', help="servers that have CIFAR-10's archive")
 
 
@@ -264,7 +265,8 @@ def parse_configuration(arguments=None):
   Several values of an option make a group, with a run for each combination, in results/activation/:
     python CIFAR10_train.py --model lenet5 --name activation --activation relu elu --epochs 15""")
     group = parser.add_argument_group("run")
-    group.add_argument('--name', type=path_of_run, help="name of the run or group (default: the model)")
+    group.add_argument('--name', type=path_of_run,
+                       help="name of the run or group (default: the model, or the options that vary)")
     # Every field of Configuration is an option, whose default is that of the model's setting.
     headings = dict(dataset="data", hidden="model", optimizer="optimizer", epochs="schedule")
     for name in FIELDS:
@@ -314,7 +316,8 @@ def configure(model='resnet32', **chosen):
 # ----------------------------------------------------------------------------------------------------------
 # The record of a run, and how files and messages are written
 
-# What is recorded of an epoch, a row of history.csv: accuracies in percent, seconds since the run's start
+# What is recorded of an epoch, a row of history.csv: the learning rate of its last step, accuracies in
+# percent, the seconds that the run has taken so far
 Epoch = namedtuple('Epoch', 'epoch learning_rate train_loss train_accuracy val_loss val_accuracy seconds')
 
 

@@ -252,8 +252,9 @@ def plot_accuracy(compared, file, options=()):
     axes = Figure(figsize=(4, 3.3) if single else (4.7, 2.4)).subplots()
     colours, dashes = {}, {}
     for (first, *others), runs in compared.items():
-        # The mean over the seeds of each column; zip ends with the shortest run.
-        mean = Epoch(*np.mean(list(zip(*(run.history for run in runs))), 1).T)
+        # The mean over the seeds of each epoch's rows; zip ends with the shortest run.
+        epochs = zip(*(run.history for run in runs))
+        mean = Epoch(*np.mean(list(epochs), 1).T)
         # A value that is new gets the next colour, or the next dashes, black (k) in the legend only.
         colour = colours.setdefault(first, f'C{len(colours)}')
         dash = dashes.setdefault(', '.join(others), 'k- k-- k: k-.'.split()[len(dashes) % 4])
@@ -393,7 +394,7 @@ def setting_cells(runs):
         'training time (m)': ', '.join(f'{run.last.seconds / 60:.1f}' for run in runs),
         'Early stopping epoch': ', '.join(f'{run.best.epoch:.0f}' for run in runs),
         'Accuracy': f"{mean_std([run.accuracy for run in runs])} %"
-                    f"{f' ({len(runs)} seeds)' if len(runs) > 1 else ''}",
+                    f"{f' ({len(runs)} seeds)' if len(runs) > 1 else ''}"
     }
 
 
@@ -425,7 +426,7 @@ def result_cells(runs, options):
         'Last epoch (%)': mean_std([run.last.val_accuracy for run in runs]),
         'Training (%)': mean_std([run.last.train_accuracy for run in runs]),
         'Test (%)': recomputed(runs, 'test_accuracy'),
-        'Reruns': reruns(runs),
+        'Reruns': reruns(runs)
     }
 
 
@@ -535,9 +536,9 @@ def html_models(shown):
 <section><h2>How the accuracies were measured</h2>
 {html_comparison(measured)}
 <p class="small">Validation: accuracy in the best epoch (early stopping), on the test images, or with
---holdout on so many training images that were held out. Training: on the images as augmented, in the last
-epoch. Recomputed: from the best weights. Of several seeds the mean ± standard deviation and the median of
-the minutes.</p></section>
+--holdout on so many training images that were held out. Training: while it learns, in the last epoch, on
+the augmented images and with dropout, so that it can be lower. Recomputed: from the best weights. Of
+several seeds the mean ± standard deviation and the median of the minutes.</p></section>
 <section><h2>How the models learned, and what their first layers look for</h2>
 {html_pictures(shown, 'loss')}
 <p class="small">Above, the losses and the learning rate. Below, the weights of the first layer as pictures,

@@ -10,8 +10,8 @@ class LeNet5_model(nn.Module):
 
     It has 62,006 parameters, with maxout 123,162.
 
-    As the activations are monotonic, pooling before them gives the same as after them, for a quarter of the
-    work. LeCun et al. 1998 pool before them too, but take averages.
+    As the activations are increasing, and maxout is a maximum itself, pooling before them gives the same as
+    after them, for a quarter of the work. LeCun et al. 1998 pool before them too, but take averages.
     """
 
     def __init__(self, activation='relu', initialization='he_normal'):

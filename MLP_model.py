@@ -16,10 +16,11 @@ ACTIVATIONS = {
     'relu': nn.ReLU,
     'leaky_relu': lambda: nn.LeakyReLU(0.1),  # max(0.1 x, x)
     'maxout': Maxout,
-    'elu': nn.ELU,
+    'elu': nn.ELU
 }
 
-# The slides' formulas: standard deviation sqrt(2 / n_in) for He, sqrt(2 / (n_in + n_out)) for Xavier.
+# The slides' formulas: sqrt(2 / n_in) for He, sqrt(2 / (n_in + n_out)) for Xavier. They call it a variance,
+# but it is the standard deviation.
 INITIALIZATIONS = {'he_normal': nn.init.kaiming_normal_, 'xavier_normal': nn.init.xavier_normal_}
 
 

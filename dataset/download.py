@@ -53,5 +53,5 @@ def fetch(archive, urls):
             errors[str(error)] = True
     raise UserError(f"CIFAR-10 is not in {archive.parent}"
                     f"{' and no server gave it (' + '; '.join(errors) + ')' if errors else ''}: "
-                    f"put {CIFAR10.filename} there, or name its folder with --data-dir, or a server with "
-                    "--data-url, or try --dataset synthetic.")
+                    f"put {CIFAR10.filename} there, or name its folder with --data-dir, or train with "
+                    "--data-url, which names a server, or with --dataset synthetic.")

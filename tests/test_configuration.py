@@ -39,7 +39,7 @@ MISTAKES = {  # commands by what is said of them; an option and its value end ea
     'no {1}: leave {0} out': ['--device tpu'],
     'nrecognized arguments: ': ['resnet32', '--epoch 3', '--data-dir . extra'],
     'put cifar-10-python.tar.gz there, or name its folder with --data-dir, or a server with --data-url, '
-    'or try --dataset synthetic.': ['--data-dir nowhere'],
+    'or with --dataset synthetic.': ['--data-dir nowhere'],
 }
 SAID = {line: message.format(*line.split()[-2:]) for message, lines in MISTAKES.items() for line in lines}
 
