@@ -209,7 +209,7 @@ SETTINGS = {
     # As the report demands; weight decay, epochs and drops are free. Halving after epochs 60, 99, 119, 133,
     # 143 and 150, the learning rate follows a cosine in steps.
     'resnet32': Configuration(
-        'resnet32', weight_decay=5e-4, milestones=(0.36, 0.6, 0.72, 0.81, 0.87, 0.91), gamma=0.5),
+        'resnet32', weight_decay=5e-4, milestones=(0.36, 0.6, 0.72, 0.81, 0.87, 0.91), gamma=0.5)
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -350,11 +350,13 @@ class Run:
         """Whether all epochs are done, or `patience` of them after the last drop brought nothing better."""
         config, epochs = self.config, len(self.history)
         # Patience counts from the last drop on, as a drop usually brings a better epoch.
-        last_drop = {'step': max(config.milestones) * config.epochs,
-                     'cosine': config.epochs,  # it falls to the end: no early stop
+        last_drop = {'step': max(config.milestones),
+                     'cosine': 1,  # it falls to the end: no early stop
                      'none': 0}[config.learning_rate_decay]
+        # It stops where neither the best epoch nor the last drop came after this one.
+        start = epochs - config.patience
         return epochs == config.epochs or (
-            epochs > 0 and epochs - max(self.best.epoch, last_drop) >= config.patience)
+            start / config.epochs >= last_drop and start >= self.best.epoch)
 
     def write(self):
         """Write history.csv and config.json."""

@@ -82,9 +82,9 @@ def cpu_capabilities():
 
 def describe_machine(device, precision):
     """What the report says of the machine. On machines that differ in it, results differ a little."""
-    processor = cpu_capabilities().get('cpu_name', platform.machine())
     return dict(device=device.type,
-                processor=torch.cuda.get_device_name() if device.type == 'cuda' else processor,
+                processor=torch.cuda.get_device_name() if device.type == 'cuda'
+                else cpu_capabilities().get('cpu_name', platform.machine()),
                 instructions=torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512, ...
                 threads=torch.get_num_threads(),
                 torch=torch.__version__,
@@ -197,10 +197,10 @@ def evaluate_run(run, data_dir, device):
     # The images to whose class it gives the lowest probability
     hardest = probability[range(len(labels)), labels].argsort()[:8]
     found['mistakes'] = ', '.join(f'{names[predicted[i]]} ({names[labels[i]]})' for i in hardest)
-    atomic_write(run.folder / 'evaluation.json', json.dumps(found).encode())
     print(f"{run.folder.relative_to(RESULTS)}: {found['accuracy']:.2f} % recomputed, "
           f"{run.accuracy:.2f} % recorded"
           f"{', which DIFFER' if abs(found['accuracy'] - run.accuracy) > 0.1 else ''}.")
+    atomic_write(run.folder / 'evaluation.json', json.dumps(found).encode())
 
     # Pictures: the weights of the first layer's units or filters, 32 at most, show what it looks for.
     weights = next(model.parameters()).detach()[:32]
@@ -213,9 +213,10 @@ def evaluate_run(run, data_dir, device):
 # Figures
 
 # Drawn at the size at which the report shows it, in colours that differ in grey print too
-style.use({'figure.constrained_layout.use': True, 'figure.dpi': 192, 'font.size': 9,
-           'axes.titlesize': 'medium', 'legend.fontsize': 8, 'legend.title_fontsize': 8, 'axes.prop_cycle':
-           "cycler('color', ['1b2f6b', 'e8590c', '7fc8f8', '2b8a3e', 'b46bd6', 'b59f00'])"})
+style.use(['default', {
+    'figure.constrained_layout.use': True, 'figure.dpi': 192, 'font.size': 9, 'axes.titlesize': 'medium',
+    'legend.fontsize': 8, 'legend.title_fontsize': 8,
+    'axes.prop_cycle': "cycler('color', ['1b2f6b', 'e8590c', '7fc8f8', '2b8a3e', 'b46bd6', 'b59f00'])"}])
 
 
 def drop_epochs(run):
@@ -407,7 +408,8 @@ def recomputed(runs, name, join=mean_std):
 
 def reruns(runs):
     """The later runs of the same configuration and seed, and by how many points they differ, as text."""
-    return ', '.join(f'{rerun.folder.name} {rerun.accuracy:.2f} % ({rerun.accuracy - run.accuracy:+.2f})'
+    return ', '.join(f'{rerun.folder.relative_to(RESULTS).as_posix()} {rerun.accuracy:.2f} % '
+                     f'({rerun.accuracy - run.accuracy:+.2f})'
                      for run in runs for rerun in run.repetitions[1:])
 
 
@@ -600,11 +602,11 @@ def write_report():
     shown = {config.model: runs for config, runs in top.items()
              if config in settings or runs[0].folder == RESULTS / config.model}
     # experiments: by folder what a section shows, each run in results/ and each group, by configuration
-    experiments = {runs[0].folder: {config: runs} for config, runs in top.items()}
-    experiments |= {folder: group_seeds(runs) for folder, runs in found.items() if folder != RESULTS}
+    experiments = [(runs[0].folder, {config: runs}) for config, runs in top.items()]
+    experiments += [(folder, group_seeds(runs)) for folder, runs in found.items() if folder != RESULTS]
     if not any(found.values()):
         raise UserError(f"There are no readable runs in {RESULTS.absolute()}: train one, or go to them.")
-    sections = [experiment_section(folder, groups, top) for folder, groups in experiments.items()
+    sections = [experiment_section(folder, groups, top) for folder, groups in experiments
                 if groups.keys() - settings]
     atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}{html_settings(shown)}
 {'<h2>Additional experiments</h2>' if sections else ''}{''.join(sections)}</html>
@@ -656,8 +658,8 @@ def submit(name):
         # In a folder of that name
         for pattern in '*.py *.md *.txt *.toml LICENSE dataset/*.py tests/*.py'.split():
             for part in sorted(root.glob(pattern)):
-                archive.write(part, name / part.relative_to(root))
-        archive.write(RESULTS / 'report.html', Path(name, 'report.html'))
+                archive.write(part, f'{name}/{part.relative_to(root)}')
+        archive.write(RESULTS / 'report.html', f'{name}/report.html')
     atomic_write(Path(f'{name}.zip'), content.getvalue())
     print(f"{name}.zip holds the code and the report.")
 

@@ -67,7 +67,7 @@ def get_learning_rate(config, epoch):
     """The learning rate after so many epochs, parts of one included; a warmup begins at 0."""
     warmup = min(1, epoch / config.warmup) if config.warmup else 1
     # By gamma at each milestone passed; int: a drop waits for the next whole epoch.
-    passed = sum(int(epoch) >= part * config.epochs for part in config.milestones)
+    passed = sum(int(epoch) / config.epochs >= part for part in config.milestones)
     decay = {'step': config.gamma ** passed,
              'cosine': (1 + math.cos(math.pi * epoch / config.epochs)) / 2,
              'none': 1}[config.learning_rate_decay]
@@ -131,7 +131,7 @@ def load_checkpoint(file):
 def find_run(name, config):
     """The run to continue and its checkpoint, or a new run and None.
 
-    What is finished and evaluated stays as it is: the new run goes to <name>-2, -3 ...
+    What is finished and in the report stays as it is: the new run goes to <name>-2, -3 ...
     Raises UserError where an unfinished run has other options.
     """
     for number in itertools.count(1):
@@ -139,16 +139,16 @@ def find_run(name, config):
         if (folder / 'last.pt').exists():
             run, checkpoint = load_checkpoint(folder / 'last.pt')
             changed = config.differences(run.config)
-            # One that is not evaluated yet has only that left to do.
-            if run.is_finished and (changed or (folder / 'evaluation.json').exists()):
-                continue
-            if changed:
+            # One that is not evaluated or not in the report yet has only that left to do.
+            reported = (folder / 'evaluation.json').exists() and (folder / 'reported').exists()
+            if not changed and not reported:
+                print(f"Continuing {folder.relative_to(RESULTS)} after epoch {len(run.history)}.")
+                return run, checkpoint
+            if not run.is_finished:
                 raise UserError(
                     f"{folder} is unfinished, with {flag(changed[0])} {run.config.as_given(changed[0])}: "
                     "repeat its options to continue it, or choose another --name.")
-            print(f"Continuing {folder.relative_to(RESULTS)} after epoch {len(run.history)}.")
-            return run, checkpoint
-        if not any((folder / file).exists() for file in ('config.json', 'best.pt')):
+        elif not [*folder.glob('config.json'), *folder.glob('best.pt')]:
             if number > 1:
                 print(f"{RESULTS / name} holds a run already, which stays: this one goes to {folder}.")
             return Run(folder, config, {}, []), None
@@ -373,14 +373,13 @@ def main():
 
     # The finished runs of the group, if it is one (all names lie in one folder), by their configuration
     group = (RESULTS / next(iter(configs))).parent
-    found = read_runs(group) if group != RESULTS else []
-    finished = from_process_0({run.config: run for run in found if run.is_finished})
-
+    finished = from_process_0({run.config: run for run in read_runs(group)
+                               if group != RESULTS and run.is_finished})
     # The others are trained, also where one of a group diverges.
     runs = []
     for name, config in configs.items():
         if config in finished:
-            print(f"{name} is finished.")
+            print(f"{finished[config].folder} is finished.")
             runs.append(finished[config])
             continue
         try:
@@ -398,7 +397,9 @@ def main():
     if RANK == 0:
         for run in runs:
             plot_accuracy({('validation',): [run]}, run.folder / 'accuracy.png')
-        evaluate_and_report([max(runs, key=lambda run: run.accuracy)], options.data_dir, device)
+        best = max(runs, key=lambda run: run.accuracy)
+        evaluate_and_report([best], options.data_dir, device)
+        (best.folder / 'reported').touch()  # from now on the same command begins a new run
 
 
 if __name__ == '__main__':

@@ -25,10 +25,10 @@ def ensure_cifar10(data_dir, urls):
     Raises UserError where neither the archive in data_dir nor any URL gives it.
     """
     base, archive = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
-    if base.exists():
-        print(f"{base} is damaged, and is unpacked anew.")
     if not check_integrity(archive, CIFAR10.tgz_md5):
         fetch(archive, urls)
+    if base.exists():
+        print(f"{base} is damaged, and is unpacked anew.")
     # Unpacked aside, then each file is moved whole, as other processes may do the same.
     with tempfile.TemporaryDirectory(dir=data_dir) as aside:
         extract_archive(archive, aside)
@@ -51,7 +51,7 @@ def fetch(archive, urls):
         except Exception as error:  # whatever a server or a mistyped URL makes it raise
             print(f"No images from there: {error}.")
             errors[str(error)] = True
-    raise UserError(f"CIFAR-10 is not in {archive.parent}"
+    raise UserError(f"CIFAR-10 is missing or damaged in {archive.parent}"
                     f"{' and no server gave it (' + '; '.join(errors) + ')' if errors else ''}: "
                     f"put {CIFAR10.filename} there, or name its folder with --data-dir, or train with "
                     "--data-url, which names a server, or with --dataset synthetic.")

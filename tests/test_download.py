@@ -93,9 +93,9 @@ def test_a_damaged_batch_is_named_and_written_anew_and_a_damaged_archive_kept(sm
         assert 'cifar-10-batches-py is damaged' in capsys.readouterr().out and batch.read_bytes() == good
     archive.write_bytes(b'<html>')
     batch.write_bytes(b'')
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match='missing or damaged'):
         data_load('cifar10', small_cifar10, urls=())
-    assert archive.read_bytes() == b'<html>'
+    assert archive.read_bytes() == b'<html>' and 'unpacked' not in capsys.readouterr().out
     data_load('cifar10', small_cifar10, urls=server.urls('good'))
     assert batch.read_bytes() == good
     assert (small_cifar10 / 'cifar-10-python.tar.damaged').read_bytes() == b'<html>'

@@ -111,6 +111,16 @@ def test_a_single_run_of_a_group_is_not_trained_again_either(tmp_path, few_image
     assert [row['--epochs'] for row in section(tmp_path, 'rates').rows] == ['1', '2']
 
 
+def test_a_group_named_as_a_run_hides_none(tmp_path, few_images):
+    for seeds in '7', '0 1':
+        done = script(tmp_path, f'{SMALL} --name both --seed {seeds}')
+        assert done.returncode == 0, done.stderr
+    sections = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8').split('<h3>both</h3>')[1:]
+    accuracies = [re.findall(r'<td title="Validation \(%\)"[^>]*>([\d.]+)', text)[-1] for text in sections]
+    best = max(float(row['val_accuracy']) for row in rows(tmp_path / 'results' / 'both'))
+    assert len(accuracies) == 2 and accuracies[0] == f'{best:.2f}'
+
+
 def test_a_run_that_diverges_ends_no_group(tmp_path, few_images):
     command = f'{SMALL} --normalization none --batch-size 10 --optimizer sgd --warmup 0 --learning-rate 9e8'
     done = script(tmp_path, f'{command} 0.01 --name rates')

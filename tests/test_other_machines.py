@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, rows, script
+from conftest import ROOT, process, rows, script
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.datasets import CIFAR10
@@ -303,17 +303,29 @@ def test_the_run_with_a_settings_options_is_shown_and_a_rerun_is_no_seed_but_sta
     shutil.move(lenet5[1], source)
     for age, (name, accuracy, seed, changes) in enumerate([
             ('lenet5', 77.0, 0, {}), ('lenet5-2', 77.0, 0, {}), ('lenet5-seed1', 77.4, 1, {}),
-            ('lenet5-seed1-2', 70.4, 1, {'processor': 'other'}), ('a-quick-one', 99.0, 0, {'epochs': 3})]):
+            ('lenet5-seed1-2', 70.4, 1, {'processor': 'other'}), ('a-quick-one', 99.0, 0, {'epochs': 3}),
+            ('seeds/lenet5-1', 77.5, 1, {})]):
         changes = dict(dataset='cifar10', epochs=epochs, seed=seed) | changes
         run(folder, source, name, accuracy, age, **changes)
     done = script(folder, 'CIFAR10_evaluation.py')
-    assert done.returncode == 0 and done.stdout.count('CIFAR-10 is not in') == 1  # it is said once
+    assert done.returncode == 0 and done.stdout.count('CIFAR-10 is missing') == 1  # it is said once
     text = (folder / 'results' / 'report.html').read_text(encoding='utf-8')
     accuracies, reruns = (re.findall(f'<td title="{title}">([^<]+)</td>', text)[1:]
                           for title in ('Accuracy', 'Reruns'))
     assert accuracies == ['77.20 ± 0.28 % (2 seeds)'] and '<h3>a-quick-one</h3>' in text
-    assert reruns[0] == 'lenet5-2 77.00 % (+0.00), lenet5-seed1-2 70.40 % (-7.00)'
+    assert reruns[0] == ('lenet5-2 77.00 % (+0.00), lenet5-seed1-2 70.40 % (-7.00), '
+                         'seeds/lenet5-1 77.50 % (+0.10)')
     assert f"lenet5 was repeated: {reruns[0]}.\n" in done.stdout
+
+
+def test_a_users_matplotlibrc_changes_no_figure(lenet5, monkeypatch):
+    figure = lenet5[1] / 'loss.png'
+    process(lenet5[0], 'CIFAR10_evaluation.py')
+    before = figure.read_bytes()
+    (lenet5[0] / 'rc').write_text('lines.linewidth: 9\nsavefig.dpi: 50')
+    monkeypatch.setenv('MATPLOTLIBRC', 'rc')
+    done = process(lenet5[0], 'CIFAR10_evaluation.py')
+    assert done.returncode == 0 and figure.read_bytes() == before, done.stderr
 
 
 @pytest.mark.parametrize('name', ['accuracy.png', 'loss.png'])

@@ -161,7 +161,8 @@ def test_a_checkpoint_of_another_network_is_named_and_kept(change, unfinished, t
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize('moment', ['CIFAR10_evaluation.predict', 'CIFAR10_train.plot_accuracy'])
+@pytest.mark.parametrize('moment', ['CIFAR10_evaluation.predict', 'CIFAR10_train.plot_accuracy',
+                                    'CIFAR10_evaluation.write_report'])
 def test_whatever_interrupts_the_evaluation_no_finished_run_is_trained_again(moment, tmp_path, few_images):
     for error in KeyboardInterrupt(), OSError(errno.ENOSPC, 'full'):
         with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +170,6 @@ def test_whatever_interrupts_the_evaluation_no_finished_run_is_trained_again(mom
                 patch.setattr('CIFAR10_train.evaluate', lambda *_: (1, 50))
             patch.setattr(moment, refusing(error))
             script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
-        assert not (tmp_path / 'results' / 'mlp' / 'evaluation.json').exists()
     before = content(tmp_path)
     done = script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
     assert done.returncode == 0 and 'epoch 2/2' not in done.stdout, done.stderr
@@ -178,6 +178,8 @@ def test_whatever_interrupts_the_evaluation_no_finished_run_is_trained_again(mom
     assert {file: text for file, text in before.items() if file.suffix != '.pt'} == {
         file: text for file, text in content(tmp_path).items() if file.suffix != '.pt'}
     assert len(rows(tmp_path / 'results' / 'mlp')) == 2
+    script(tmp_path, f'CIFAR10_train.py {OPTIONS}')  # from now on it is a rerun
+    assert len(rows(tmp_path / 'results' / 'mlp-2')) == 2
 
 
 def test_a_finished_run_stays_as_it_is_whatever_the_options(tmp_path, few_images):
@@ -234,6 +236,7 @@ def test_a_kill_or_a_full_disk_after_opening_a_file_leaves_it_as_it_was(full, na
         done = script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
         assert done.returncode == (0 if name == 'evaluation.json' else 2)
         assert f'{name} could not be written (No space left' in done.stdout + done.stderr
+        assert ('% recomputed' in done.stdout) == (name in ('evaluation.json', 'report.html'))
     else:
         with pytest.raises(Killed):
             script(tmp_path, f'CIFAR10_train.py {OPTIONS}')

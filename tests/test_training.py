@@ -166,6 +166,8 @@ STEP = Configuration()  # He et al.'s
 
 @pytest.mark.parametrize('config, theirs', [
     (STEP, schedule(MultiStepLR, 164, [82, 123], 0.1)),
+    # 0.55 * 100 is a little more than 55
+    (replace(STEP, epochs=100, milestones=(0.07, 0.55)), schedule(MultiStepLR, 100, [7, 55], 0.1)),
     (replace(STEP, learning_rate_decay='cosine', epochs=10), schedule(CosineAnnealingLR, 10, 10)),
     (replace(STEP, learning_rate_decay='none'), [0.1] * 164),
     (replace(STEP, warmup=4.0), schedule(LinearLR, 10, 1e-9, total_iters=4))])
@@ -185,6 +187,7 @@ def test_patience_counts_only_after_the_last_drop():
     accuracies = [*range(51, 61), *[50] * 90]
     history = [Epoch(epoch, 0.1, 1, 50, 1, accuracy, epoch) for epoch, accuracy in enumerate(accuracies, 1)]
     assert stops(config, history) == list(range(80, 101))
+    assert stops(replace(config, milestones=(0.2, 0.55)), history)[0] == 60
     assert stops(replace(config, learning_rate_decay='none'), history)[0] == 15
     assert stops(replace(config, learning_rate_decay='cosine'), history) == [100]
     history[77] = history[77]._replace(val_accuracy=91.0)
