@@ -155,7 +155,7 @@ def load_model(file, name, device):
     except RuntimeError as error:
         # Its second line is the first complaint, of which the first name is enough.
         first = str(error).splitlines()[1].split(', "')[0].strip()
-        raise UserError(f"{file} does not fit {type(model).__name__} ({first}): give its --model.") from None
+        raise UserError(f"{file} does not fit {type(model).__name__} ({first}): change --model.") from None
     return model
 
 
@@ -707,7 +707,7 @@ def main():
     asked = [Run.read(RESULTS / options.name)] if options.name else read_runs()
     trained = [run for run in asked if (run.folder / 'best.pt').exists()]
     if not trained and (options.name or options.predict):
-        raise UserError(f"{RESULTS / (options.name or '')} has no run with weights: train one first.")
+        raise UserError(f"{RESULTS / (options.name or '')} has no run with weights: train or name another.")
     if options.predict:
         # Synthetic images taught nothing about real ones.
         best = max(trained, key=lambda run: (run.config.dataset == 'cifar10', run.accuracy))

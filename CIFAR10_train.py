@@ -205,7 +205,7 @@ def print_step(config, epoch, step, steps, loss, rate, seconds):
     where = f"epoch {epoch + 1}/{config.epochs}  step {step}/{steps}"
     check_loss(loss, where, rate)
     minutes_left = seconds / step * (steps * (config.epochs - epoch) - step) / 60
-    print_progress(f"{where}  loss {loss:.3f}  {minutes_left:.0f} min left  learning rate {rate:.2g}  "
+    print_progress(f"{where}  loss {loss:.3f}  {minutes_left:.0f} min left  lr {rate:.2g}  "
                    f"{step * config.batch_size / seconds:,.0f} images/s")
 
 

@@ -53,5 +53,5 @@ def fetch(archive, urls):
             errors[str(error)] = True
     raise UserError(f"CIFAR-10 is missing or damaged in {archive.parent}"
                     f"{' and no server gave it (' + '; '.join(errors) + ')' if errors else ''}: "
-                    f"put {CIFAR10.filename} there, or name its folder with --data-dir, or train with "
-                    "--data-url, which names a server, or with --dataset synthetic.")
+                    f"put {CIFAR10.filename} there, or name its folder with --data-dir; a training can also "
+                    "fetch it from a server that --data-url names, or use --dataset synthetic.")

@@ -38,8 +38,8 @@ MISTAKES = {  # commands by what is said of them; an option and its value end ea
     'lacks its value': ['--epochs=--', '--milestones=--'],
     'no {1}: leave {0} out': ['--device tpu'],
     'nrecognized arguments: ': ['resnet32', '--epoch 3', '--data-dir . extra'],
-    'put cifar-10-python.tar.gz there, or name its folder with --data-dir, or train with --data-url, '
-    'which names a server, or with --dataset synthetic.': ['--data-dir nowhere'],
+    'put cifar-10-python.tar.gz there, or name its folder with --data-dir; a training can also '
+    'fetch it from a server that --data-url names, or use --dataset synthetic.': ['--data-dir nowhere'],
 }
 SAID = {line: message.format(*line.split()[-2:]) for message, lines in MISTAKES.items() for line in lines}
 
