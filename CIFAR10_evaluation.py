@@ -226,11 +226,11 @@ def drop_epochs(run):
 
 
 def save_figure(axes, file):
-    """Write the figure that axes belong to; where another program has the file open, it stays as it was."""
+    """Write the figure that axes belong to; where another program has the file open, go on without."""
     try:
         axes.figure.savefig(file)
     except OSError as error:
-        print_once(f"{file} stays as it was ({error.strerror}): close it elsewhere and evaluate again.")
+        print_once(f"{file} can't be written ({error.strerror}): close it or make room, and evaluate again.")
 
 
 def finish(axes, file, title, ylabel, heading=None):
@@ -264,15 +264,14 @@ def plot_accuracy(compared, file, options=()):
     for label, look in [*colours.items(), *dashes.items()]:
         axes.plot([], [], look, label=label)
     if not single:
-        # It says which option is which.
-        heading = 'colour: ' + '\ndashes: '.join(options)
-        return finish(axes, file, 'validation accuracy', 'accuracy (%)', heading)
+        # The legend's heading says which option is which.
+        return finish(axes, file, 'validation accuracy', 'accuracy (%)',
+                      'colour: ' + '\ndashes: '.join(options))
     # Of a single curve there is room for training, early stopping and drops of the learning rate.
     axes.plot(mean.epoch, mean.train_accuracy, 'C0', linewidth=0.6, label='training')
     best = Epoch(*np.mean([run.best for run in runs], 0))
     axes.plot(best.epoch, best.val_accuracy, 'k*', label='early stopping')
-    drops = drop_epochs(runs[0])
-    if drops:
+    if drops := drop_epochs(runs[0]):
         axes.vlines(drops, 0, 105, 'grey', 'dotted', label='learning rate drops')
     axes.set_ylim(0, 105)  # the settings are compared on one scale
     finish(axes, file, describe(runs), 'accuracy (%)')
@@ -495,7 +494,7 @@ def experiment_section(folder, groups, top):
     options = [name for name in FIELDS
                if any(name in config.differences(setting) for config, setting in zip(groups, settings))]
     if len(options) == 1:
-        groups = groups | {setting: top[setting] for setting in settings if setting in top}
+        groups |= {setting: top[setting] for setting in settings if setting in top}
 
     # A curve and a row for each combination of values, in their order
     names = ['model', *options]

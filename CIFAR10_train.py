@@ -141,7 +141,7 @@ def find_run(name, config):
             changed = config.differences(run.config)
             # One that is not evaluated or not in the report yet has only that left to do.
             reported = (folder / 'evaluation.json').exists() and (folder / 'reported').exists()
-            if not changed and not reported:
+            if not (changed or run.is_finished and reported):
                 print(f"Continuing {folder.relative_to(RESULTS)} after epoch {len(run.history)}.")
                 return run, checkpoint
             if not run.is_finished:

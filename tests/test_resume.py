@@ -114,6 +114,14 @@ def content(folder, name='mlp'):
     return {folder / file: (folder / file).read_bytes() for file in files}
 
 
+def test_what_is_left_of_a_deleted_run_does_not_hinder_a_new_one(unfinished, tmp_path, few_images):
+    folder = shutil.copytree(unfinished / 'results', tmp_path / 'results') / 'mlp'
+    for name in 'reported', 'evaluation.json':
+        (folder / name).write_text('')
+    done = script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
+    assert done.returncode == 0 and 'Continuing mlp after epoch 1' in done.stdout and len(rows(folder)) == 2
+
+
 @pytest.mark.parametrize('option', ['--learning-rate 0.5', '--epochs 9', '--hidden 31'])
 def test_a_changed_option_is_named_and_nothing_changes(option, unfinished, few_images):
     before = content(unfinished)
