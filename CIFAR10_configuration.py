@@ -349,11 +349,13 @@ class Run:
     def is_finished(self):
         """Whether all epochs are done, or `patience` of them after the last drop brought nothing better."""
         config, epochs = self.config, len(self.history)
-        # Patience counts from the last drop on, as a drop usually brings a better epoch.
+        # Patience counts from the last drop on, as a drop usually brings a better epoch; it is a part of the
+        # training, as a milestone is.
         last_drop = {'step': max(config.milestones),
                      'cosine': 1,  # it falls to the end: no early stop
                      'none': 0}[config.learning_rate_decay]
-        # It stops where neither the best epoch nor the last drop came after this one.
+        # A run that stops now has waited since this epoch, at first a number below 0: neither the best epoch
+        # nor the last drop came after it.
         start = epochs - config.patience
         return epochs == config.epochs or (
             start / config.epochs >= last_drop and start >= self.best.epoch)

@@ -82,9 +82,9 @@ def cpu_capabilities():
 
 def describe_machine(device, precision):
     """What the report says of the machine. On machines that differ in it, results differ a little."""
+    processor = cpu_capabilities().get('cpu_name', platform.machine())
     return dict(device=device.type,
-                processor=torch.cuda.get_device_name() if device.type == 'cuda'
-                else cpu_capabilities().get('cpu_name', platform.machine()),
+                processor=torch.cuda.get_device_name() if device.type == 'cuda' else processor,
                 instructions=torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512, ...
                 threads=torch.get_num_threads(),
                 torch=torch.__version__,
@@ -494,7 +494,7 @@ def experiment_section(folder, groups, top):
     options = [name for name in FIELDS
                if any(name in config.differences(setting) for config, setting in zip(groups, settings))]
     if len(options) == 1:
-        groups |= {setting: top[setting] for setting in settings if setting in top}
+        groups = groups | {setting: top[setting] for setting in settings if setting in top}
 
     # A curve and a row for each combination of values, in their order
     names = ['model', *options]
@@ -600,7 +600,7 @@ def write_report():
     # shown: the runs in the slides' table by their model, those of its setting or else of its plain name
     shown = {config.model: runs for config, runs in top.items()
              if config in settings or runs[0].folder == RESULTS / config.model}
-    # experiments: by folder what a section shows, each run in results/ and each group, by configuration
+    # experiments: a folder and what its section shows, each run in results/ and each group, by configuration
     experiments = [(runs[0].folder, {config: runs}) for config, runs in top.items()]
     experiments += [(folder, group_seeds(runs)) for folder, runs in found.items() if folder != RESULTS]
     if not any(found.values()):

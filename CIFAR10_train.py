@@ -66,7 +66,8 @@ def build_optimizer(model, config):
 def get_learning_rate(config, epoch):
     """The learning rate after so many epochs, parts of one included; a warmup begins at 0."""
     warmup = min(1, epoch / config.warmup) if config.warmup else 1
-    # By gamma at each milestone passed; int: a drop waits for the next whole epoch.
+    # By gamma at each milestone passed; int: a drop waits for the next whole epoch. The epoch is divided, as
+    # 0.55 * 100 is a little more than 55.
     passed = sum(int(epoch) / config.epochs >= part for part in config.milestones)
     decay = {'step': config.gamma ** passed,
              'cosine': (1 + math.cos(math.pi * epoch / config.epochs)) / 2,
@@ -136,11 +137,12 @@ def find_run(name, config):
     """
     for number in itertools.count(1):
         folder = RESULTS / (name if number == 1 else f'{name}-{number}')
-        if (folder / 'last.pt').exists():
+        files = {file.name for file in folder.glob('*')}
+        if 'last.pt' in files:
             run, checkpoint = load_checkpoint(folder / 'last.pt')
             changed = config.differences(run.config)
             # One that is not evaluated or not in the report yet has only that left to do.
-            reported = (folder / 'evaluation.json').exists() and (folder / 'reported').exists()
+            reported = files >= {'evaluation.json', 'reported'}
             if not (changed or run.is_finished and reported):
                 print(f"Continuing {folder.relative_to(RESULTS)} after epoch {len(run.history)}.")
                 return run, checkpoint
@@ -148,7 +150,7 @@ def find_run(name, config):
                 raise UserError(
                     f"{folder} is unfinished, with {flag(changed[0])} {run.config.as_given(changed[0])}: "
                     "repeat its options to continue it, or choose another --name.")
-        elif not [*folder.glob('config.json'), *folder.glob('best.pt')]:
+        elif not files & {'config.json', 'best.pt'}:
             if number > 1:
                 print(f"{RESULTS / name} holds a run already, which stays: this one goes to {folder}.")
             return Run(folder, config, {}, []), None
@@ -373,8 +375,8 @@ def main():
 
     # The finished runs of the group, if it is one (all names lie in one folder), by their configuration
     group = (RESULTS / next(iter(configs))).parent
-    finished = from_process_0({run.config: run for run in read_runs(group)
-                               if group != RESULTS and run.is_finished})
+    found = read_runs(group) if group != RESULTS else []
+    finished = from_process_0({run.config: run for run in found if run.is_finished})
     # The others are trained, also where one of a group diverges.
     runs = []
     for name, config in configs.items():

@@ -178,6 +178,7 @@ def test_whatever_interrupts_the_evaluation_no_finished_run_is_trained_again(mom
                 patch.setattr('CIFAR10_train.evaluate', lambda *_: (1, 50))
             patch.setattr(moment, refusing(error))
             script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
+        assert (tmp_path / 'results' / 'mlp' / 'evaluation.json').exists() == ('report' in moment)
     before = content(tmp_path)
     done = script(tmp_path, f'CIFAR10_train.py {OPTIONS}')
     assert done.returncode == 0 and 'epoch 2/2' not in done.stdout, done.stderr
