@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import inspect
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import torch.distributed as dist
 
 RESULTS = Path('results')  # holds a folder for each run, and for each group of runs
 MODELS = ('mlp', 'lenet5', 'resnet32')
@@ -24,6 +26,8 @@ MODELS = ('mlp', 'lenet5', 'resnet32')
 # the process is alone, 0 of 1, whatever a cluster set these variables to for another program.
 if 'TORCHELASTIC_RUN_ID' not in os.environ:
     os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')
+RANK = int(os.environ['RANK'])
+WORLD_SIZE = int(os.environ['WORLD_SIZE'])
 
 
 class UserError(Exception):
@@ -114,7 +118,7 @@ class Configuration:
     """164 are 64k steps of 128 images, He et al. 2016"""
 
     warmup: float = 0.0
-    """epochs of rising rate, Goyal et al. 2017"""
+    """epochs of rising rate, at most a quarter of all, Goyal et al. 2017"""
 
     learning_rate_decay: Literal['step', 'cosine', 'none'] = 'step'
     """large steps find the valley, small ones its floor"""
@@ -227,17 +231,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message[:1].upper()}{message[1:]}; see --help.")
 
 
-def add_data_options(group):
-    """Add the options on CIFAR-10's files, which both scripts have."""
+def add_common_options(group):
+    """Add the options that both scripts have."""
     group.add_argument('--data-dir', type=os.path.expanduser, default='dataset',
-                       help="folder of CIFAR-10; a training fetches it if it is missing")
-    group.add_argument('--data-url', nargs='+', metavar='URL', help="servers that have CIFAR-10's archive")
+                       help="folder of CIFAR-10, which is fetched if it is missing")
+    group.add_argument('--data-url', nargs='+', action='extend', metavar='URL',
+                       help="servers that have CIFAR-10's archive")
+    group.add_argument('--device', default='auto', help="cuda, mps, cpu; auto: the first that there is")
 
 
-def path_of_run(text):
-    """A text that can name a run, or one in a group as GROUP/RUN, in folders of any system."""
+def name_in_results(text):
+    """The name of a run, also where a shell has completed it to results/NAME/ or to a whole path."""
+    inside = os.path.relpath(text or '.', RESULTS)
+    return text if inside.startswith('..') else Path(inside).as_posix()
+
+
+def name_of_new_run(text):
+    """The name of a run, or of one in a group as GROUP/RUN, that folders of any system can have."""
+    text = name_in_results(text)
     # Letters, digits, '-', '_' and inner dots, but not the name of a Windows device
-    allowed = r'(?!(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)|(readme\.md|report\.\w+)$)\w[\w-]*(\.[\w-]+)*'
+    allowed = r'(?!(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)|(readme|report)\.\w|results$)\w[\w-]*(\.[\w-]+)*'
     for name in text.split('/'):
         if not re.fullmatch(allowed, name, re.IGNORECASE) or len(name.encode()) > 100:
             raise argparse.ArgumentTypeError("use letters, digits, '-', '_' and inner dots, and no name of a "
@@ -265,20 +278,18 @@ def parse_configuration(arguments=None):
   Several values of an option make a group, with a run for each combination, in results/activation/:
     python CIFAR10_train.py --model lenet5 --name activation --activation relu elu --epochs 15""")
     group = parser.add_argument_group("run")
-    group.add_argument('--name', type=path_of_run,
+    group.add_argument('--name', type=name_of_new_run,
                        help="name of the run or group (default: the model, or the options that vary)")
+    add_common_options(group)
     # Every field of Configuration is an option, whose default is that of the model's setting.
     headings = dict(dataset="data", hidden="model", optimizer="optimizer", epochs="schedule")
     for name in FIELDS:
         # A heading before the first field of each section
         if name in headings:
             group = parser.add_argument_group(headings[name])
-        if name == 'dataset':
-            add_data_options(group)
         group.add_argument(flag(name), help=help_text(name), nargs='+', metavar='X',
-                           default=argparse.SUPPRESS)
+                           action='append', default=argparse.SUPPRESS)
     group = parser.add_argument_group("speed", "these change how long a run takes, and how it rounds")
-    group.add_argument('--device', default='auto', help="cuda, mps, cpu; auto: the first that there is")
     group.add_argument('--precision', default='auto', choices=('auto', 'fp32', 'bf16'),
                        help="auto: bf16 where the hardware multiplies it natively")
     group.add_argument('--compile', action='store_true', help="torch.compile: for GPUs")
@@ -288,10 +299,10 @@ def parse_configuration(arguments=None):
 
 def named_configurations(options):
     """The Configuration of each combination of the options' values, by its run's name."""
-    if [] in vars(options).values():  # what argparse makes of --epochs=--
+    if {'[]', '[[]]'} & set(map(str, vars(options).values())):  # what argparse makes of --epochs=--
         raise UserError("An option lacks its value; see --help.")
-    # The values of each option; all that follows --hidden or --milestones is one value.
-    given = {name: [values] if FIELDS[name].type is tuple else values
+    # The values of each option, given once or more often; all that follows --hidden or --milestones is one.
+    given = {name: values if FIELDS[name].type is tuple else sum(values, [])
              for name, values in vars(options).items() if name in FIELDS}
     # A run for each combination, named by those of its values that vary
     varied = [name for name, values in given.items() if len(values) > 1]
@@ -299,7 +310,7 @@ def named_configurations(options):
     for values in product(*given.values()):
         config = configure(**dict(zip(given, values)))
         group = options.name or '-'.join(varied) or config.model
-        label = '-'.join(str(getattr(config, name)) for name in varied)
+        label = '-'.join(config.as_given(name).replace(' ', '_') for name in varied)
         runs[f'{group}/{label}' if varied else group] = config
     return runs
 
@@ -362,9 +373,9 @@ class Run:
 
     def write(self):
         """Write history.csv and config.json."""
-        lines = [','.join(Epoch._fields)]
-        lines += [','.join(f'{number:.10g}' for number in row) for row in self.history]
-        atomic_write(self.folder / 'history.csv', ''.join(f'{line}\n' for line in lines).encode())
+        table = io.BytesIO()
+        np.savetxt(table, self.history, '%.10g', ',', header=','.join(Epoch._fields), comments='')
+        atomic_write(self.folder / 'history.csv', table.getvalue())
         # It is written last: by it a folder is known to hold a run.
         record = dict(configuration=vars(self.config), machine=self.machine)
         atomic_write(self.folder / 'config.json', json.dumps(record, indent=1).encode())
@@ -373,16 +384,19 @@ class Run:
     def read(folder):
         """The run in a folder. Raises UserError where its record is damaged, cut short or still empty."""
         try:
-            record = json.loads((folder / 'config.json').read_text())
-            lines = (folder / 'history.csv').read_text().splitlines()
-            # The first line has the names of the columns.
+            # An editor or a spreadsheet may have left quotes, empty lines, or a mark before the text.
+            file = folder / 'history.csv'
+            lines = file.read_text(encoding='utf-8-sig').replace('"', '').split()
             history = [Epoch(*map(float, line.split(','))) for line in lines[1:]]
             if not history or not np.isfinite(history).all():
-                raise ValueError("history.csv has no epochs, or one without numbers")
+                raise ValueError("no epochs, or one without numbers")
+            file = folder / 'config.json'
+            record = json.loads(file.read_text(encoding='utf-8-sig'))
             return Run(folder, Configuration.from_record(record['configuration']),
                        dict(record['machine']), history)
         except Exception as error:  # whatever a damaged record can raise
-            raise UserError(f"{folder} holds no readable run ({error}): restore it or train it.") from None
+            raise UserError(f"{folder} holds no readable run ({file.name}: {error}): restore it or train it."
+                            ) from None
 
 
 def read_runs(folder=RESULTS):
@@ -398,7 +412,7 @@ def read_runs(folder=RESULTS):
 
 def atomic_write(file, content):
     """Write bytes to a file whole or not at all: beside it, flushed to the disk, then renamed over it."""
-    part = file.with_name(file.name + '.part')
+    part = file.with_name(f'{file.name}.{os.urandom(8).hex()}.part')  # for this writer alone
     try:
         with open(part, 'wb') as stream:
             stream.write(content)
@@ -406,18 +420,21 @@ def atomic_write(file, content):
             try:
                 os.fsync(stream.fileno())
             except OSError as error:
-                if error.errno != errno.EINVAL:  # that of a network folder, which can't do it
+                # A network folder may not be able to do it.
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                     raise
-        # For three seconds, as Windows refuses while another program has the file open
+        # Tried for three seconds, as Windows refuses while another program has the file open
         for _ in range(30):
             with contextlib.suppress(PermissionError):
                 return os.replace(part, file)
             time.sleep(0.1)
         os.replace(part, file)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"{file} could not be written ({error.strerror}): make room, give write access or "
                         "close it elsewhere, and repeat the command to go on where it was.") from None
+    finally:
+        with contextlib.suppress(OSError):  # usually it is gone, as it was renamed
+            part.unlink()
 
 
 @functools.cache  # a text that was printed before is in the cache, and not printed again
@@ -428,26 +445,34 @@ def print_once(text):
 
 def run_script(main):
     """Call a script's main function; a user's mistake ends it with one sentence and exit code 2."""
-    with contextlib.suppress(AttributeError):  # Jupyter's has no reconfigure
+    with contextlib.suppress(AttributeError):  # the output is closed, or Jupyter's
         # A question mark for a letter that the console lacks; each line is shown as soon as it is printed.
         sys.stdout.reconfigure(errors='replace', line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:
-        print("\nInterrupted: the finished epochs are kept, and the same command continues after them.")
+        print("\nInterrupted: the same command continues a training after its last whole epoch.")
         sys.exit(130)  # as a shell expects it
     except BrokenPipeError:  # whoever read the output is gone, as head is
         os._exit(1)  # quietly: closing the output would fail again
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, OSError):
-            error = f"{error.filename or 'A file'} can't be read or written ({error.strerror}): check it."
-        elif not isinstance(error, UserError):
-            if not re.search('(?i)memory(?! access| location)|alloc', f'{type(error)} {error}'):
-                raise
-            # As the messages of CPU, GPU and NumPy have it
-            size = re.search(r'to allocate ([\d.]+ \w+)', str(error))
-            error = (f"There is too little memory{f' for {size[1]} more' if size else ''}: choose a smaller "
-                     "--batch-size or network, or close other programs; the finished epochs are kept.")
-        if os.environ['LOCAL_RANK'] == '0':  # of torchrun's processes on a machine one says it
-            print(error, file=sys.stderr)
+    except Exception as error:
+        # Of torchrun's processes the first to fail, by a counter that all share, says why; others may follow.
+        if WORLD_SIZE == 1 or next(dist.rendezvous('env://'))[0].add('failures', 1) == 1:
+            print(explain(error), file=sys.stderr)
         sys.exit(2)
+
+
+def explain(error):
+    """One sentence on an error that the user can mend; any other error is raised again."""
+    if isinstance(error, UserError):
+        return error
+    text = repr(error)
+    if re.search('MemoryError|out of memory|(allocate|enough) memory(?! in)|bad_alloc|ALLOC_FAILED', text):
+        return "There is too little memory: close programs, or use a smaller --batch-size and another --name."
+    if re.search('no kernel image|invalid device function|ARCH_MISMATCH|implemented for the MPS', text):
+        return "PyTorch can't use this GPU: add --device cpu, or install a build for it from pytorch.org."
+    if re.search('torch._(dynamo|inductor)', str(type(error))):
+        return f"--compile failed ({type(error).__name__}): leave it out."
+    if isinstance(error, OSError):
+        return f"{error.filename or 'A file'} can't be read or written ({error.strerror or error}): check it."
+    raise error

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+from datetime import timedelta
 from time import monotonic
 
 import torch
@@ -17,7 +18,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from CIFAR10_configuration import (
+    RANK,
     RESULTS,
+    WORLD_SIZE,
     Configuration,
     Epoch,
     Run,
@@ -46,9 +49,6 @@ if os.name == 'nt':
 else:
     import fcntl
 
-RANK = int(os.environ['RANK'])
-WORLD_SIZE = int(os.environ['WORLD_SIZE'])
-
 # ----------------------------------------------------------------------------------------------------------
 # Optimizer, schedule
 
@@ -58,14 +58,24 @@ def build_optimizer(model, config):
     # fused: one call updates all weights
     common = dict(params=model.parameters(), weight_decay=config.weight_decay, fused=True)
     if config.optimizer == 'adam':
-        return torch.optim.Adam(betas=(config.momentum, 0.999), **common)
-    nesterov = config.optimizer == 'nesterov' and config.momentum > 0  # without momentum it is plain SGD
-    return torch.optim.SGD(momentum=config.momentum, nesterov=nesterov, **common)
+        optimizer = torch.optim.Adam(betas=(config.momentum, 0.999), **common)
+    else:
+        nesterov = config.optimizer == 'nesterov' and config.momentum > 0  # without momentum it is plain SGD
+        optimizer = torch.optim.SGD(momentum=config.momentum, nesterov=nesterov, **common)
+    optimizer.register_load_state_dict_post_hook(match_layout)
+    return optimizer
+
+
+def match_layout(optimizer):
+    """Give a loaded state the layout of its weight in memory, which fused updates take for granted."""
+    for weight, state in optimizer.state.items():
+        state.update({name: torch.empty_like(weight).copy_(value)
+                      for name, value in state.items() if name != 'step'})
 
 
 def get_learning_rate(config, epoch):
     """The learning rate after so many epochs, parts of one included; a warmup begins at 0."""
-    warmup = min(1, epoch / config.warmup) if config.warmup else 1
+    warmup = min(1, epoch / min(config.warmup, config.epochs / 4)) if config.warmup else 1
     # By gamma at each milestone passed; int: a drop waits for the next whole epoch. The epoch is divided, as
     # 0.55 * 100 is a little more than 55.
     passed = sum(int(epoch) / config.epochs >= part for part in config.milestones)
@@ -101,12 +111,7 @@ def save_checkpoint(run, model, optimizer):
     if run.history:
         if run.best is run.last:
             save(run.folder / 'best.pt', run, epoch=len(run.history), model_state_dict=model.state_dict())
-        try:
-            run.write()
-        except UserError:  # for example as a spreadsheet has history.csv open
-            if run.is_finished:  # there is no later epoch to write it
-                raise
-            print_once(f"\nThe record in {run.folder} can't be written now (is it open?): it is tried again.")
+        run.write()
     # It comes last: if the program dies before it, this epoch is lost, trained again and written again.
     save(run.folder / 'last.pt', run, history=list(map(Epoch._asdict, run.history)),
          model=model.state_dict(), optimizer=optimizer.state_dict())
@@ -141,9 +146,9 @@ def find_run(name, config):
         if 'last.pt' in files:
             run, checkpoint = load_checkpoint(folder / 'last.pt')
             changed = config.differences(run.config)
-            # One that is not evaluated or not in the report yet has only that left to do.
-            reported = files >= {'evaluation.json', 'reported'}
-            if not (changed or run.is_finished and reported):
+            # A finished run with weights may still have to be evaluated and put into the report.
+            nothing_left = files >= {'evaluation.json', 'reported'} or 'best.pt' not in files
+            if not (changed or run.is_finished and nothing_left):
                 print(f"Continuing {folder.relative_to(RESULTS)} after epoch {len(run.history)}.")
                 return run, checkpoint
             if not run.is_finished:
@@ -151,6 +156,8 @@ def find_run(name, config):
                     f"{folder} is unfinished, with {flag(changed[0])} {run.config.as_given(changed[0])}: "
                     "repeat its options to continue it, or choose another --name.")
         elif not files & {'config.json', 'best.pt'}:
+            if any(folder.glob('*/*')):
+                raise UserError(f"{folder} is a group: choose another --name, or GROUP/RUN for a run in it.")
             if number > 1:
                 print(f"{RESULTS / name} holds a run already, which stays: this one goes to {folder}.")
             return Run(folder, config, {}, []), None
@@ -186,7 +193,8 @@ def print_progress(line, done=False):
     """Rewrite the progress line on a terminal; elsewhere print the lines that are done."""
     if sys.stdout and sys.stdout.isatty():  # it can be closed
         # Padded, to hide a longer line before; cut while it changes, as a line that wraps can't be rewritten.
-        print(f'\r{line:79}\n' if done else f'\r{line:79.79}', end='')
+        width = shutil.get_terminal_size().columns - 1
+        print(f'\r{line:{width}}\n' if done else f'\r{line:{width}.{width}}', end='')
     elif done:
         print(line)
 
@@ -265,12 +273,14 @@ def load_images(config, options, device):
     print(f"Training images: {len(train_data):,}\nValidation images: {len(val_data):,}\n"
           f"Shape of an image: {list(train_data.tensors[0].shape[1:])}")
 
+    if config.batch_size > len(train_data):
+        raise UserError(f"--batch-size must be at most {len(train_data)}, the number of training images.")
     # Every process needs an image of each batch, and an MLP's batch norm two, as one has no variance.
     smallest = len(train_data) % config.batch_size or config.batch_size
     needed = WORLD_SIZE * (2 if config.normalization == 'batch' else 1)
     if smallest < needed:
         raise UserError(
-            f"--batch-size {config.batch_size} leaves a batch of {smallest}: let it leave {needed}.")
+            f"--batch-size {config.batch_size} leaves a batch of {smallest}: let the last one have {needed}.")
     return train_data, val_data
 
 
@@ -297,7 +307,9 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        loss.backward()
+        # Of several processes the mean gradient is taken, so that each loss is weighted by its images.
+        in_batch = min(config.batch_size, len(data) - (step - 1) * config.batch_size)
+        (loss * (len(labels) * WORLD_SIZE / in_batch)).backward()
         if config.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
@@ -337,12 +349,16 @@ def train(name, config, options, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')
     training_model = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     if options.compile:
+        torch.compiler.reset()  # it keeps only a few graphs, those of a group's earlier runs too
         # One graph for the batches and one for the last, smaller one; on a GPU each starts as a whole.
         training_model = torch.compile(training_model, dynamic=False, mode='reduce-overhead')
 
     # Epochs, up to the last one or early stopping; the clock goes on where the run was interrupted.
     began = monotonic() - (run.last.seconds if run.history else 0)
     with lock(run.folder):
+        if RANK == 0:
+            for part in run.folder.glob('*.part'):  # left by a write that was killed
+                part.unlink()
         save_checkpoint(run, model, optimizer)  # a folder that can't be written fails before any training
         while not run.is_finished:
             epoch = len(run.history)
@@ -366,7 +382,8 @@ def main():
     configs, options = parse_configuration()
     device = choose_device(options.device)
     if WORLD_SIZE > 1:
-        dist.init_process_group()
+        # The others wait for a day before they fail, as process 0 may have images to download.
+        dist.init_process_group(timeout=timedelta(days=1))
     if RANK > 0:
         sys.stdout = None  # it prints nothing, as one speaks for all
     print(f"GPU available: {torch.cuda.is_available()}\nDevice: {device.type}")
@@ -390,8 +407,6 @@ def main():
             if group == RESULTS:
                 raise
             print(f"{name}: {error}")
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise UserError(f"--compile failed ({type(error).__name__}): leave it out.") from None
     if not runs:
         raise UserError("Every run diverged: choose smaller learning rates.")
     if WORLD_SIZE > 1:

@@ -54,9 +54,9 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
     if holdout >= len(data):
         raise UserError(f"--holdout {holdout} leaves none of {len(data)} training images: choose fewer.")
     # The numbers of the images in random order, then sorted into a row for each class, as all are equally
-    # large; its columns have one image of each class in turn.
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(device)
-    order = order[data.tensors[1][order].argsort(stable=True)].view(10, -1).T.flatten()
+    # large; its columns have one image of each class in turn. On the CPU, as not every device sorts stably.
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    order = order[data.tensors[1].cpu()[order].argsort(stable=True)].view(10, -1).T.flatten().to(device)
     return TensorDataset(*data[order[holdout:]]), TensorDataset(*data[order[:holdout]])
 
 
@@ -70,7 +70,7 @@ def read_cifar10(data_dir, train, urls):
     except RuntimeError:  # torchvision: not there, or damaged
         ensure_cifar10(data_dir, urls)
         data = CIFAR10(data_dir, train=train)
-    return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 
 def crop_and_flip(images, offsets, flips):

@@ -40,18 +40,14 @@ def ensure_cifar10(data_dir, urls):
 def fetch(archive, urls):
     """Download the archive from the first URL that gives it. Raises UserError where none does."""
     socket.setdefaulttimeout(20)  # seconds without a byte after which a server is given up
-    errors = {}  # each once
     for url in MIRRORS if urls is None else urls:
         archive.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to fetch
-        if archive.exists():  # the user's own, and damaged
-            archive.replace(archive.with_suffix('.damaged'))
         print(f"Downloading 170 MB from {url}")
         try:
             return download_url_to_file(url, archive, SHA256, progress=os.isatty(2))  # 2: stderr
         except Exception as error:  # whatever a server or a mistyped URL makes it raise
             print(f"No images from there: {error}.")
-            errors[str(error)] = True
-    raise UserError(f"CIFAR-10 is missing or damaged in {archive.parent}"
-                    f"{' and no server gave it (' + '; '.join(errors) + ')' if errors else ''}: "
-                    f"put {CIFAR10.filename} there, or name its folder with --data-dir; a training can also "
-                    "fetch it from a server that --data-url names, or use --dataset synthetic.")
+    raise UserError(f"CIFAR-10 is missing or damaged in {archive.parent}: put {CIFAR10.filename} or what it "
+                    f"unpacks to, {CIFAR10.base_folder}, there, or name its folder with --data-dir; a "
+                    "training can also fetch it from a server that --data-url names, or use "
+                    "--dataset synthetic.")
