@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,19 @@ from torchvision.datasets import CIFAR10
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+# BF16=1 and BF16=0 make the program believe that the processor multiplies bf16 natively, or does not; each
+# Python that a test starts believes it too, as it begins with the sitecustomize.py in its path.
+if 'BF16' in os.environ:
+    BELIEVE = """import os, torch
+real = getattr(torch.cpu, 'get_capabilities', dict)()
+torch.cpu.get_capabilities = lambda: {**real, 'avx512_bf16': os.environ['BF16'] == '1'}
+"""
+    PATH = tempfile.TemporaryDirectory()
+    Path(PATH.name, 'sitecustomize.py').write_text(BELIEVE)
+    os.environ['PYTHONPATH'] = os.pathsep.join([PATH.name, os.environ.get('PYTHONPATH', '')])
+    exec(BELIEVE)
+
 from CIFAR10_configuration import print_once, run_script  # noqa: E402
 from dataset import download, synthetic  # noqa: E402
 
@@ -117,8 +131,9 @@ def assert_same_run(a, b):
 
 
 def use_few_images(patch):
-    """100 synthetic images each to train and to validate, where more prove nothing."""
-    sets = {train: tuple(tensor[:100] for tensor in synthetic.generate(train)) for train in (True, False)}
+    """130 synthetic images to train, two batches of the settings, and 100 to validate."""
+    sets = {train: tuple(tensor[:count] for tensor in synthetic.generate(train))
+            for train, count in ((True, 130), (False, 100))}
     patch.setattr(synthetic, 'generate', sets.get)
 
 
@@ -131,7 +146,7 @@ def few_images(monkeypatch):
 def trained(tmp_path_factory):
     """A folder in which all three settings were trained for two epochs on synthetic images, and the output.
 
-    ResNet-32 saw 100 of them only, as it takes its time.
+    ResNet-32 saw a few of them only, as it takes its time.
     """
     folder, output = tmp_path_factory.mktemp('trained'), {}
     for model, options in dict(mlp='--hidden 64', lenet5='', resnet32='--batch-size 10').items():

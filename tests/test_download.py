@@ -83,7 +83,8 @@ def test_the_users_archive_or_batches_are_used_with_no_network(small_cifar10, tm
     assert len(data_load('cifar10', small_cifar10)[1]) == 20
 
 
-def test_a_damaged_batch_is_named_and_written_anew_and_a_damaged_archive_kept(small_cifar10, server, capsys):
+def test_a_damaged_batch_is_named_and_written_anew_and_a_damaged_archive_only_if_a_server_gives_it(
+        small_cifar10, server, capsys):
     archive, batch = small_cifar10 / CIFAR10.filename, small_cifar10 / CIFAR10.base_folder / 'data_batch_3'
     good = batch.read_bytes()
     for bad in (good[:-1], b'', bytes(len(good))):
@@ -98,4 +99,3 @@ def test_a_damaged_batch_is_named_and_written_anew_and_a_damaged_archive_kept(sm
     assert archive.read_bytes() == b'<html>' and 'unpacked' not in capsys.readouterr().out
     data_load('cifar10', small_cifar10, urls=server.urls('good'))
     assert batch.read_bytes() == good
-    assert (small_cifar10 / 'cifar-10-python.tar.damaged').read_bytes() == b'<html>'

@@ -1,19 +1,24 @@
 """The report, weights from elsewhere, predictions and the archive to hand in."""
+import base64
 import html
+import io
 import re
+import shlex
 import shutil
 import statistics
 import zipfile
 from dataclasses import replace
+from html.parser import HTMLParser
 
 import pytest
 import torch
 from conftest import script
+from PIL import Image
 from torchvision.transforms import Normalize
 from torchvision.transforms.functional import to_pil_image
 
 from CIFAR10_configuration import SETTINGS, Epoch, Run
-from dataset import synthetic
+from dataset import CLASSES, synthetic
 from LeNet5_model import LeNet5_model
 from MLP_model import MLP_model
 from ResNet_model import ResNet32_model
@@ -59,6 +64,23 @@ def test_report_is_one_file_that_says_it_is_not_cifar10(trained):
     assert first.count('(NOT CIFAR-10)') == first.count(' %') == 3 and '[결과 정리]' in report
     _, *recomputed = re.findall('<td title="Recomputed[^>]*>([^<]*)</td>', report)
     assert [f'{number} %' for number in recomputed] == [best(trained[1][model])[0] for model in SETTINGS]
+
+
+class Pictures(HTMLParser):
+    def handle_starttag(self, tag, attributes):
+        if tag == 'img':
+            self.found = [*getattr(self, 'found', []), dict(attributes)]
+
+
+def test_every_picture_has_its_png_in_src_at_half_its_size(trained):
+    parser = Pictures()
+    parser.feed(read_report(trained[0])[0])
+    assert len(parser.found) >= 6
+    for picture in parser.found:
+        png = base64.b64decode(picture['src'].removeprefix('data:image/png;base64,'))
+        with Image.open(io.BytesIO(png)) as image:  # a CSS pixel has two of a dense screen
+            assert int(picture['width']) == image.width // 2 > 100
+        assert picture['alt'] and 'srcset' not in picture and 'height' not in picture
 
 
 def test_a_report_without_any_runs_is_refused(tmp_path):
@@ -169,6 +191,48 @@ def test_predict_names_the_class_of_any_picture(trained):
     first, second, third = done.stdout.splitlines()
     assert any(name in first for name in synthetic.CLASSES) and '% sure' in first and 'NOT CIFAR-10' in third
     assert 'text.png: not a picture that can be read' in second
+
+
+def test_predict_asks_the_weights_that_are_named_and_all_pictures_of_several_options(trained, tmp_path):
+    shutil.copy(trained[0] / 'results' / 'lenet5' / 'best.pt', tmp_path / 'mine.pt')
+    torch.save(LeNet5_model().state_dict(), tmp_path / 'bare.pt')
+    for name in 'a.png', 'b.png':
+        to_pil_image(synthetic.generate(train=False)[0][0]).save(tmp_path / name)
+    own = script(tmp_path, 'CIFAR10_evaluation.py --model lenet5 --weights mine.pt '
+                           '--predict a.png --predict b.png')
+    lines = own.stdout.splitlines()
+    assert [line[:7] for line in lines] == ['a.png: ', 'b.png: '] and not (tmp_path / 'results').exists()
+    assert all('mine.pt' in line and any(name in line for name in synthetic.CLASSES) for line in lines)
+    by_name = script(trained[0], f'CIFAR10_evaluation.py --name lenet5 --predict "{tmp_path / "a.png"}"')
+    assert by_name.stdout.split(': ')[1].split(' (')[0] == lines[0].split(': ')[1].split(' (')[0]
+    bare = script(tmp_path, 'CIFAR10_evaluation.py --model lenet5 --weights bare.pt --predict a.png')
+    assert any(f': {name}, ' in bare.stdout for name in CLASSES['cifar10'])
+
+
+@pytest.mark.parametrize('options', [
+    '--weights w.pt --name lenet5', '--weights w.pt --submit 1_Kim', '--predict a.png --submit 1_Kim'])
+def test_options_that_cannot_go_together_are_refused(options, tmp_path):
+    done = script(tmp_path, f'CIFAR10_evaluation.py {options}')
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert any(option in done.stderr for option in options.split() if option.startswith('--'))
+
+
+def test_weights_that_do_not_give_the_recorded_accuracy_end_with_exit_code_1(trained, tmp_path):
+    folder = shutil.copytree(trained[0] / 'results' / 'lenet5', tmp_path / 'results' / 'lenet5')
+    for name in 'lenet5', 'results/lenet5/', folder:
+        command = f'CIFAR10_evaluation.py --name {shlex.quote(str(name))}'
+        done = script(tmp_path, command)
+        assert done.returncode == 0 and done.stdout.count(' % recomputed') == 1, done.stderr
+        assert 'DIFFER' not in done.stdout
+    saved = torch.load(folder / 'best.pt')
+    saved['model_state_dict']['fc3.weight'].neg_()
+    torch.save(saved, folder / 'best.pt')
+    for asked in command, 'CIFAR10_evaluation.py', 'CIFAR10_evaluation.py --submit 1_Kim':
+        done = script(tmp_path, asked)
+        assert done.returncode == 1 and done.stdout.count('which DIFFER') == 1 and 'report' in done.stdout
+    (folder / 'best.pt').write_bytes(b'damaged')
+    done = script(tmp_path, command)
+    assert done.returncode == 1 and 'Not every run is evaluated' in done.stdout
 
 
 def test_submit_writes_the_whole_code_and_the_report_once(trained):

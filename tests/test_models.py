@@ -122,6 +122,14 @@ def test_dropout_follows_each_hidden_layer_and_leaves_testing_alone():
     assert torch.equal(model.eval()(x), model(x))
 
 
+@pytest.mark.parametrize('initialization', ['he_normal', 'xavier_normal'])
+def test_biases_start_at_zero(initialization):
+    for model in (MLP_model((20, 10), initialization=initialization, normalization='batch'),
+                  LeNet5_model('maxout', initialization)):
+        biases = [p for name, p in model.named_parameters() if name.endswith('bias')]
+        assert len(biases) == 5 and not any(bias.any() for bias in biases)
+
+
 @pytest.mark.parametrize('weight, variance', [
     (lambda: MLP_model((1024,), initialization='he_normal').layers[1].weight, 2 / 3072),
     (lambda: MLP_model((1024,), initialization='xavier_normal').layers[1].weight, 2 / (3072 + 1024)),

@@ -21,17 +21,22 @@ GROUPS = {file.parent.relative_to(ROOT / 'results').as_posix(): lines
           if (lines := commands(file.read_text(encoding='utf-8')))}
 
 
+SMALL = {'epochs': ['1', '2'], 'batch-size': ['10', '20'], 'holdout': ['50'], 'dataset': ['synthetic']}
+
+
 def shortened(command):
-    """A command for an epoch on few synthetic images, and two runs: one option keeps two values."""
+    """A command for an epoch or two on few synthetic images, and two runs: one option keeps two values."""
     if '_train' not in command:
         return command + (' --dataset synthetic' if '--weights' in command else '')
-    options, most = [], 2
-    for option in command.replace('.py', '.py --batch-size 10').split(' --'):
-        name, *values = option.split()
+    line, *options = command.split(' --')
+    given = {name: values for name, *values in map(str.split, options)}
+    most = 2
+    for name, values in ({'epochs': [''], 'batch-size': [''], 'dataset': ['']} | given).items():
+        values = SMALL.get(name, values)[:len(values)]
         if len(values) > 1 and name not in ('hidden', 'milestones'):
             values, most = values[:most], 1
-        options.append(' '.join([name, *values]))
-    return f"{' --'.join(options)} --dataset synthetic --epochs 1".replace('--holdout 5000', '--holdout 50')
+        line = ' '.join([line, f'--{name}', *values])
+    return line
 
 
 def test_the_readme_is_short_and_has_commands_as_have_seven_experiments_and_held_out_runs():

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT, after_first_epoch, process, rows, script
-from test_training import FLOAT32, first, learn
+from test_training import FLOAT32, first, in_double, learn
 
 from CIFAR10_configuration import SETTINGS
 from dataset import crop_and_flip, training_batches
@@ -58,6 +58,8 @@ def test_processes_together_see_each_batch_once():
         assert sum(len(labels) for _, labels in parts) == len(batch[1])
 
 
+# Parts of two images and of one, and a last batch of two
+UNEVEN = dict(batch_size=3, learning_rate=0.01, clip=1.0)
 # It ends with a command whose batches are too small for two.
 WORKER = f"""
 import sys, torch.distributed as dist
@@ -75,21 +77,46 @@ def train(name):  # a function, so that the parallel model is gone before its pr
     torch.save(dict(model.named_parameters(), loss=loss, accuracy=accuracy), f'{{name}}{{rank}}.pt')
 for name in SETTINGS:
     train(name)
-dist.init_process_group = lambda: None  # they have met
+def parallel(model):
+    return torch.nn.parallel.DistributedDataParallel(in_double(model))
+torch.save(learn('lenet5', FLOAT32, first(32), 1, parallel, **{UNEVEN})[1].state_dict(), f'uneven{{rank}}.pt')
+dist.init_process_group = lambda **_: None  # they have met
 sys.argv = 'CIFAR10_train.py --model mlp --dataset synthetic --batch-size 4999'.split()
 CIFAR10_train.run_script(CIFAR10_train.main)
 """
 
 
-def test_two_processes_end_alike_and_refuse_a_batch_that_does_not_reach_both(tmp_path):
+def test_two_processes_end_alike_also_with_uneven_parts_and_refuse_a_batch_that_does_not_reach_both(tmp_path):
     (tmp_path / 'worker.py').write_text(WORKER)
     done = torchrun(tmp_path, 'worker.py')
     for model in SETTINGS:
         one, two = (torch.load(tmp_path / f'{model}{rank}.pt') for rank in range(2))
         for key, value in one.items():
             assert torch.equal(value, two[key]) if torch.is_tensor(value) else value == two[key]
+    _, alone = learn('lenet5', FLOAT32, first(32), prepare=in_double, **UNEVEN)
+    for name, tensor in alone.state_dict().items():
+        for rank in range(2):
+            torch.testing.assert_close(torch.load(tmp_path / f'uneven{rank}.pt')[name], tensor)
     assert done.returncode != 0 and done.stderr.count('--batch-size 4999 leaves a batch') == 1
     assert not (tmp_path / 'results').exists()
+
+
+FAILING = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import CIFAR10_train
+def train_epoch(*_):
+    raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+if CIFAR10_train.RANK == 1:
+    CIFAR10_train.train_epoch = train_epoch
+CIFAR10_train.run_script(CIFAR10_train.main)
+"""
+
+
+def test_where_only_the_second_process_fails_its_reason_is_told_once(tmp_path):
+    (tmp_path / 'failing.py').write_text(FAILING)
+    done = torchrun(tmp_path, 'failing.py --model mlp --hidden 8 --dataset synthetic --device cpu')
+    assert done.returncode != 0 and done.stderr.count('too little memory') == 1, done.stderr
 
 
 @pytest.mark.skipif(not shutil.which('pgrep'), reason="finds the processes by it")

@@ -1,7 +1,9 @@
 """A training run: what it prints and leaves in results/, and the parts of the loop against PyTorch's own."""
 import copy
+import io
 import json
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +21,7 @@ from CIFAR10_train import (
     apply_max_norm,
     build_optimizer,
     get_learning_rate,
+    print_step,
     train_epoch,
 )
 from dataset import data_load, training_batches
@@ -53,7 +56,7 @@ def test_a_run_leaves_its_record_and_best_weights_and_says_what_it_did(model, tr
     assert (config['model'], config['dataset'], config['epochs']) == (model, 'synthetic', 2)
     best = best_of(history)
     assert torch.load(folder / 'best.pt', weights_only=True)['epoch'] == float(best['epoch'])
-    number, validated = (100, 100) if model == 'resnet32' else (5000, 1000)
+    number, validated = (130, 100) if model == 'resnet32' else (5000, 1000)
     for text in ('GPU available:', 'Device:', 'NOT CIFAR-10', f'Training images: {number:,}\n', 'epoch 2/2',
                  f'Validation images: {validated:,}\n', '[3, 32, 32]', f"{float(best['val_accuracy']):.2f} %",
                  str(folder), str(trained[0] / 'results' / 'report.html')):
@@ -170,11 +173,92 @@ STEP = Configuration()  # He et al.'s
     (replace(STEP, epochs=100, milestones=(0.07, 0.55)), schedule(MultiStepLR, 100, [7, 55], 0.1)),
     (replace(STEP, learning_rate_decay='cosine', epochs=10), schedule(CosineAnnealingLR, 10, 10)),
     (replace(STEP, learning_rate_decay='none'), [0.1] * 164),
-    (replace(STEP, warmup=4.0), schedule(LinearLR, 10, 1e-9, total_iters=4))])
+    (replace(STEP, warmup=4.0), schedule(LinearLR, 10, 1e-9, total_iters=4)),
+    # A warmup takes at most a quarter of the training.
+    (replace(STEP, warmup=4.0, epochs=8, learning_rate_decay='none'),
+     schedule(LinearLR, 8, 1e-9, total_iters=2))])
 def test_learning_rates_are_those_of_pytorchs_schedulers(config, theirs):
     ours = [get_learning_rate(config, epoch) for epoch in range(len(theirs))]
     assert ours == pytest.approx(theirs, abs=1e-9)
     assert get_learning_rate(STEP, 81.99) == 0.1  # a step's rate never drops within an epoch
+
+
+def test_a_single_epoch_reaches_its_learning_rate(tmp_path, few_images):
+    script(tmp_path, 'CIFAR10_train.py --model lenet5 --dataset synthetic --epochs 1 --batch-size 10 '
+                     '--learning-rate-decay none')
+    [row] = rows(tmp_path / 'results' / 'lenet5')
+    assert float(row['learning_rate']) == SETTINGS['lenet5'].learning_rate
+
+
+def test_of_equal_epochs_the_first_is_the_best():
+    history = [Epoch(epoch, 0.1, 1, 50, 1, accuracy, epoch)
+               for epoch, accuracy in enumerate([50, 60, 60, 55], 1)]
+    assert Run(None, Configuration(), {}, history).best.epoch == 2
+
+
+class Recorder(torch.nn.Module):
+    """A network that keeps the images that it is given and the masks that its dropout draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.layer = torch.nn.Dropout(0.5), torch.nn.Linear(3072, 10)
+        self.images, self.masks = [], []
+
+    def forward(self, images):
+        self.images.append(images)
+        self.masks.append(self.dropout(torch.ones(50)))
+        return self.layer(images.flatten(1))
+
+
+def recorded(epoch, **changes):
+    """The batches of an epoch over 60 images, and the dropout masks."""
+    model, config = Recorder(), replace(SETTINGS['mlp'], batch_size=20, learning_rate=1e-9, **changes)
+    train_epoch(model, build_optimizer(model, config), first(60), config, epoch, FLOAT32)
+    return torch.cat(model.images), torch.cat(model.masks)
+
+
+def test_every_epoch_has_an_order_crops_flips_and_masks_of_its_own():
+    plain = {epoch: recorded(epoch, augmentation='off') for epoch in (0, 1)}
+    orders = [[image.numpy().tobytes() for image in plain[epoch][0]] for epoch in (0, 1)]
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+    assert not torch.equal(plain[0][1], plain[1][1])
+    # The same image in both epochs, by the places that their orders give it
+    augmented = [recorded(epoch)[0] for epoch in (0, 1)]
+    places = [orders[1].index(image) for image in orders[0]]
+    alike = [torch.equal(augmented[0][i], augmented[1][place]) for i, place in enumerate(places)]
+    assert sum(alike) < 10  # by chance one of 162
+    again, masks = recorded(1)
+    assert torch.equal(again, augmented[1]) and torch.equal(masks, plain[1][1])
+
+
+def test_every_process_draws_dropout_masks_of_its_own(monkeypatch):
+    masks = []
+    for rank in 0, 1:
+        monkeypatch.setattr('CIFAR10_train.RANK', rank)
+        masks.append(recorded(0)[1])
+    assert not torch.equal(*masks)
+
+
+def test_a_batch_larger_than_the_data_is_refused_in_one_sentence(tmp_path, few_images):
+    for size in 131, 99999999:
+        done = script(tmp_path, f'CIFAR10_train.py --model lenet5 --dataset synthetic --batch-size {size}')
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'at most 130' in done.stderr
+    done = script(tmp_path, 'CIFAR10_train.py --model lenet5 --dataset synthetic --batch-size 130 --epochs 1')
+    assert done.returncode == 0 and len(rows(tmp_path / 'results' / 'lenet5')) == 1, done.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize('columns', [20, 50, 80, 200])
+def test_the_progress_line_fits_the_window(columns, monkeypatch):
+    monkeypatch.setenv('COLUMNS', str(columns))
+    monkeypatch.setattr('sys.stdout', Terminal())
+    print_step(SETTINGS['resnet32'], 99, 100, 391, 1.234, 0.1, 9.0)
+    shown = sys.stdout.getvalue()
+    assert shown.startswith('\repoch 100/164') and len(shown[1:]) == columns - 1 and '\n' not in shown
 
 
 def stops(config, history):
