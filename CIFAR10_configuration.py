@@ -275,8 +275,8 @@ def parse_configuration(arguments=None):
 
   Train one setting, in results/lenet5/:
     python CIFAR10_train.py --model lenet5
-  Several values of an option make a group, with a run for each combination, in results/activation/:
-    python CIFAR10_train.py --model lenet5 --name activation --activation relu elu --epochs 15""")
+  Several values of an option make a group, with a run for each combination, in results/trial/:
+    python CIFAR10_train.py --model lenet5 --name trial --activation relu elu --epochs 15""")
     group = parser.add_argument_group("run")
     group.add_argument('--name', type=name_of_new_run,
                        help="name of the run or group (default: the model, or the options that vary)")

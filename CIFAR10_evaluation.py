@@ -687,7 +687,7 @@ def main():
     parser.add_argument('--dataset', choices=CLASSES, help="images for --weights (default: as trained)")
     task.add_argument('--predict', nargs='+', action='extend', metavar='FILE',
                       help="print the class of each picture")
-    task.add_argument('--submit', type=name_of_new_run, metavar='StudentID_Name', help="write a zip with all")
+    task.add_argument('--submit', type=name_of_new_run, metavar='StudentID_Name', help="zip code and report")
     options = parser.parse_args()
     if options.submit and options.weights:
         parser.error("--submit goes without --weights")
