@@ -1,100 +1,82 @@
 """Train a setting, or a group of runs that differ from it: python CIFAR10_train.py --model resnet32
 
-A run is kept in results/<name>/. Whatever interrupts it, the same command continues it after its last whole
-epoch.
+A run is kept in results/<name>/. Whatever interrupts it, the same command continues it after its
+last whole epoch.
 """
 import contextlib
 import io
 import itertools
 import math
-import os
 import shutil
 import sys
 from datetime import timedelta
-from time import monotonic
+from time import perf_counter
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from CIFAR10_configuration import (
-    RANK,
-    RESULTS,
-    WORLD_SIZE,
-    Configuration,
-    Epoch,
-    Run,
-    UserError,
-    atomic_write,
-    flag,
-    parse_configuration,
-    print_once,
-    read_runs,
-    run_script,
-)
-from CIFAR10_evaluation import (
-    build_model,
-    choose_device,
-    cpu_capabilities,
-    describe_machine,
-    evaluate,
-    evaluate_and_report,
-    load_file,
-    plot_accuracy,
-)
+from CIFAR10_configuration import (RANK, RESULTS, WORLD_SIZE, Configuration, Epoch, Run, UserError,
+                                   atomic_write, flag, lock, parse_configuration, print_once,
+                                   read_runs, run_script)
+from CIFAR10_evaluation import (build_model, choose_device, cpu_capabilities, describe_machine,
+                                evaluate, evaluate_and_report, load_file)
 from dataset import data_load, training_batches
 
-if os.name == 'nt':
-    import msvcrt
-else:
-    import fcntl
-
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Optimizer, schedule
 
 
 def build_optimizer(model, config):
-    """SGD with momentum or Adam, with the L2 penalty of weight decay; train_epoch sets the learning rate."""
+    """SGD with momentum, or Adam, with weight decay as L2 penalty.
+
+    The learning rate is missing here, as train_epoch sets it at each step.
+    """
     # fused: one call updates all weights
     common = dict(params=model.parameters(), weight_decay=config.weight_decay, fused=True)
     if config.optimizer == 'adam':
         optimizer = torch.optim.Adam(betas=(config.momentum, 0.999), **common)
     else:
-        nesterov = config.optimizer == 'nesterov' and config.momentum > 0  # without momentum it is plain SGD
+        # Without momentum Nesterov's is plain SGD.
+        nesterov = config.optimizer == 'nesterov' and config.momentum > 0
         optimizer = torch.optim.SGD(momentum=config.momentum, nesterov=nesterov, **common)
     optimizer.register_load_state_dict_post_hook(match_layout)
     return optimizer
 
 
 def match_layout(optimizer):
-    """Give a loaded state the layout of its weight in memory, which fused updates take for granted."""
+    """Give a loaded state its weight's layout in memory (channels_last), as fused updates expect it."""
     for weight, state in optimizer.state.items():
         state.update({name: torch.empty_like(weight).copy_(value)
-                      for name, value in state.items() if name != 'step'})
+                      for name, value in state.items() if name != 'step' and value is not None})
 
 
-def get_learning_rate(config, epoch):
-    """The learning rate after so many epochs, parts of one included; a warmup begins at 0."""
-    warmup = min(1, epoch / min(config.warmup, config.epochs / 4)) if config.warmup else 1
-    # By gamma at each milestone passed; int: a drop waits for the next whole epoch. The epoch is divided, as
-    # 0.55 * 100 is a little more than 55.
-    passed = sum(int(epoch) / config.epochs >= part for part in config.milestones)
+def get_learning_rate(config, epochs_done):
+    """The learning rate after so many epochs, 2.5 for instance; a warmup begins at 0."""
+    warmup = min(1, epochs_done / min(config.warmup, config.epochs / 4)) if config.warmup else 1
+    # Step: it drops by gamma at each milestone, but not within an epoch (int). The epochs are divided,
+    # as 0.55 * 100 is a little more than 55.
+    passed = sum(int(epochs_done) / config.epochs >= part for part in config.milestones)
     decay = {'step': config.gamma ** passed,
-             'cosine': (1 + math.cos(math.pi * epoch / config.epochs)) / 2,
+             'cosine': (1 + math.cos(math.pi * epochs_done / config.epochs)) / 2,
              'none': 1}[config.learning_rate_decay]
     return config.learning_rate * warmup * decay
 
 
 @torch.no_grad()
 def apply_max_norm(model, max_norm):
-    """Scale the weights of units with |w|^2 > max_norm down to it, the weight restriction of the slides."""
+    """Scale units with |w|^2 > max_norm down to it: the weight restriction of the slides."""
     for weight in model.parameters():
         if weight.dim() > 1:
-            weight.renorm_(2, 0, max_norm ** 0.5)  # each row's 2-norm, as max_norm bounds its square
+            weight.renorm_(2, 0, max_norm ** 0.5)  # each row's norm, as max_norm bounds its square
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoint
+#
+# After each epoch last.pt has all that a run needs to go on: model, optimizer, history. While it has
+# the optimizer's state, the run is unfinished, and the same command continues it after its last whole
+# epoch. That state is taken out when the run is finished, evaluated and in the report.
 
 
 def save(file, run, **content):
@@ -105,87 +87,83 @@ def save(file, run, **content):
 
 
 def save_checkpoint(run, model, optimizer):
-    """Write last.pt, the record if there is an epoch, and best.pt if it is the best; process 0 does it."""
+    """Write last.pt, the record if there is an epoch, and best.pt if it is the best; by process 0."""
     if RANK > 0:
         return
     if run.history:
         if run.best is run.last:
-            save(run.folder / 'best.pt', run, epoch=len(run.history), model_state_dict=model.state_dict())
+            save(run.folder / 'best.pt', run, epoch=len(run.history),
+                 model_state_dict=model.state_dict())
         run.write()
-    # It comes last: if the program dies before it, this epoch is lost, trained again and written again.
+    # It comes last: if the program dies before it, this epoch is trained and written once more.
     save(run.folder / 'last.pt', run, history=list(map(Epoch._asdict, run.history)),
          model=model.state_dict(), optimizer=optimizer.state_dict())
 
 
-@contextlib.contextmanager
-def reading(file):
-    """Raise UserError within a with block for whatever a checkpoint lacks, or has in another shape."""
-    try:
-        yield
-    except Exception:
-        raise UserError(f"{file} is another network's run, or damaged: use another --name.") from None
-
-
-def load_checkpoint(file):
-    """The Run that last.pt tells of, and all that it holds. Raises UserError where it is damaged."""
+def read_checkpoint(folder):
+    """What last.pt holds, if the run is unfinished; else None."""
+    file = folder / 'last.pt'
+    if not file.exists() or (folder / 'reported').exists():  # the mark of earlier versions
+        return None
     checkpoint = load_file(file)
-    with reading(file):
-        return Run(file.parent, Configuration.from_record(checkpoint['configuration']), {},
-                   [Epoch(**row) for row in checkpoint['history']]), checkpoint
+    return checkpoint if 'optimizer' in checkpoint else None
 
 
-def find_run(name, config):
-    """The run to continue and its checkpoint, or a new run and None.
+@contextlib.contextmanager
+def open_run(name, config, model, optimizer):
+    """Find and lock a run's folder, within a with block that gets its Run.
 
-    What is finished and in the report stays as it is: the new run goes to <name>-2, -3 ...
-    Raises UserError where an unfinished run has other options.
+    An unfinished run gives model and optimizer the state of its checkpoint. A finished one stays as
+    it is: the new one goes to <name>-2, -3 ...
     """
+    # The first folder that has an unfinished run, or no file but its lock
     for number in itertools.count(1):
         folder = RESULTS / (name if number == 1 else f'{name}-{number}')
-        files = {file.name for file in folder.glob('*')}
-        if 'last.pt' in files:
-            run, checkpoint = load_checkpoint(folder / 'last.pt')
-            changed = config.differences(run.config)
-            # A finished run with weights may still have to be evaluated and put into the report.
-            nothing_left = files >= {'evaluation.json', 'reported'} or 'best.pt' not in files
-            if not (changed or run.is_finished and nothing_left):
-                print(f"Continuing {folder.relative_to(RESULTS)} after epoch {len(run.history)}.")
-                return run, checkpoint
-            if not run.is_finished:
-                raise UserError(
-                    f"{folder} is unfinished, with {flag(changed[0])} {run.config.as_given(changed[0])}: "
-                    "repeat its options to continue it, or choose another --name.")
-        elif not files & {'config.json', 'best.pt'}:
-            if any(folder.glob('*/*')):
-                raise UserError(f"{folder} is a group: choose another --name, or GROUP/RUN for a run in it.")
-            if number > 1:
-                print(f"{RESULTS / name} holds a run already, which stays: this one goes to {folder}.")
-            return Run(folder, config, {}, []), None
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder, timeout=0):
+            for part in folder.glob('*.part'):  # left by a write that was killed
+                part.unlink()
+            if checkpoint := read_checkpoint(folder):
+                yield continue_run(folder, checkpoint, config, model, optimizer)
+                return
+            if not any(folder.glob('*.*')):
+                if number > 1:
+                    print(f"{RESULTS / name} is taken, and stays: this run goes to {folder}.")
+                yield Run(folder, config, {}, [])
+                return
 
 
-@contextlib.contextmanager
-def lock(folder):
-    """Be the only process that writes in a folder, within a with block. A disk without locks lets all in.
+def continue_run(folder, checkpoint, config, model, optimizer):
+    """Give model and optimizer the state in a folder's checkpoint, and return its Run.
 
-    Raises UserError where another process is writing there.
+    Raises UserError where it is damaged, or was begun with other options.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'lock', 'a') as file:  # the operating system unlocks it when the process ends, however
-        try:
-            if RANK > 0:
-                pass  # process 0 has it for all
-            elif os.name == 'nt':
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"Another process writes in {folder}: wait, or use another --name.") from None
-        except OSError:
-            pass  # the disk has no locks
-        yield
+    try:
+        begun = Configuration.from_record(checkpoint['configuration'])
+        # The patience may change, as it only decides when to stop.
+        changed = [name for name in config.differences(begun) if name != 'patience']
+        if not changed:
+            model.load_state_dict(checkpoint['model'])
+            optimizer.load_state_dict(checkpoint['optimizer'])
+        run = Run(folder, config, {}, [Epoch(**row) for row in checkpoint['history']])
+    except Exception:  # whatever it lacks, or has in another shape
+        raise UserError(f"{folder}/last.pt is another network's run, or damaged: use another --name."
+                        ) from None
+    if changed:
+        raise UserError(f"{folder} is unfinished, with {flag(changed[0])} {begun.as_given(changed[0])}: "
+                        "repeat its options to continue it, or choose another --name.")
+    print(f"Continuing {folder.relative_to(RESULTS)} after epoch {len(run.history)}.")
+    return run
 
 
-# ----------------------------------------------------------------------------------------------------------
+def close_run(run):
+    """Take the optimizer's state out of last.pt: from now on the same command begins a new run."""
+    if checkpoint := read_checkpoint(run.folder):
+        del checkpoint['optimizer']
+        save(run.folder / 'last.pt', run, **checkpoint)
+
+
+# --------------------------------------------------------------------------------------------------
 # What a training says
 
 
@@ -199,24 +177,11 @@ def print_progress(line, done=False):
         print(line)
 
 
-class Diverged(UserError):
-    """The loss is not finite any more."""
-
-
-def check_loss(loss, where, rate):
-    """Raise Diverged unless a loss is finite."""
-    if not math.isfinite(loss):
-        raise Diverged(f"The loss is {loss} at {where}, learning rate {rate:.2g}: train under another --name "
-                       "with a smaller --learning-rate or a --clip up to 10; the finished epochs are kept.")
-
-
 def print_step(config, epoch, step, steps, loss, rate, seconds):
-    """Show how far the training is. Raises Diverged where its loss is not finite."""
-    where = f"epoch {epoch + 1}/{config.epochs}  step {step}/{steps}"
-    check_loss(loss, where, rate)
+    """Show how far the training is, after so many seconds of its epoch."""
     minutes_left = seconds / step * (steps * (config.epochs - epoch) - step) / 60
-    print_progress(f"{where}  loss {loss:.3f}  {minutes_left:.0f} min left  lr {rate:.2g}  "
-                   f"{step * config.batch_size / seconds:,.0f} images/s")
+    print_progress(f"epoch {epoch + 1}/{config.epochs}  step {step}/{steps}  loss {loss:.3f}  "
+                   f"{minutes_left:.0f} min left  lr {rate:.2g}")
 
 
 def print_epoch(run):
@@ -237,7 +202,7 @@ def print_end(run):
           f"{run.last.seconds / 60:.1f} minutes; weights and history are in {run.folder.absolute()}.")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Precision, processes, images
 
 
@@ -260,54 +225,77 @@ def from_process_0(value):
     return values[0]
 
 
+def sum_over_processes(tensor):
+    """The sum of the processes' tensors, on every process."""
+    total = tensor.clone()  # all_reduce writes into it
+    if WORLD_SIZE > 1:
+        dist.all_reduce(total)
+    return total
+
+
 def load_images(config, options, device):
-    """data_load's training and validation images, which process 0 fetches before the others look for them."""
-    if RANK > 0:
-        dist.barrier()  # where they wait for process 0
-    train_data, val_data = data_load(config.dataset, options.data_dir, config.holdout, config.seed, device,
-                                     options.data_url)
-    if RANK == 0 and WORLD_SIZE > 1:
-        dist.barrier()
+    """data_load's training and validation images. Raises UserError if --batch-size does not fit."""
+    train_data, val_data = data_load(config.dataset, options.data_dir, config.holdout, config.seed, device)
     if config.dataset != 'cifar10':
         print("These are synthetic images, NOT CIFAR-10.")
     print(f"Training images: {len(train_data):,}\nValidation images: {len(val_data):,}\n"
           f"Shape of an image: {list(train_data.tensors[0].shape[1:])}")
 
-    if config.batch_size > len(train_data):
-        raise UserError(f"--batch-size must be at most {len(train_data)}, the number of training images.")
-    # Every process needs an image of each batch, and an MLP's batch norm two, as one has no variance.
+    # Every process needs an image of a batch, and batch norm of an MLP two, as one has no variance.
     smallest = len(train_data) % config.batch_size or config.batch_size
     needed = WORLD_SIZE * (2 if config.normalization == 'batch' else 1)
-    if smallest < needed:
-        raise UserError(
-            f"--batch-size {config.batch_size} leaves a batch of {smallest}: let the last one have {needed}.")
+    if config.batch_size > len(train_data) or smallest < needed:
+        raise UserError(f"--batch-size {config.batch_size} must be at most {len(train_data)}, the number of "
+                        f"training images, and leave at least {needed} for the last batch.")
     return train_data, val_data
 
 
-# ----------------------------------------------------------------------------------------------------------
+def share_work(model, compiled):
+    """The model as it trains, with the same weights: on all processes, and compiled if asked."""
+    if WORLD_SIZE > 1:
+        # It sends process 0's weights to the others, and takes the mean of their gradients.
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    if compiled:
+        torch.compiler.reset()  # it keeps only a few graphs, those of a group's earlier runs too
+        # A graph for the batches and one for the last, smaller one; on a GPU each starts as a whole.
+        model = torch.compile(model, dynamic=False, mode='reduce-overhead')
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
 # Training
 
 
+class Diverged(UserError):
+    """The loss is not finite any more."""
+
+
+def check_loss(loss, where, rate):
+    """Raise Diverged unless a loss is finite."""
+    if not math.isfinite(loss):
+        raise Diverged(f"The loss is {loss} at {where}, learning rate {rate:.2g}: train under another --name "
+                       "with a smaller --learning-rate or a --clip up to 10; the finished epochs are kept.")
+
+
 def train_epoch(model, optimizer, data, config, epoch, autocast):
-    """Train for one epoch, whose number counts from 0. Returns training loss and accuracy in percent."""
+    """Train for an epoch, whose number counts from 0. Returns training loss and accuracy in percent."""
     model.train()
-    # Each epoch seeds itself: order, augmentation and dropout. So a run resumes with no random state saved.
-    # Runs, epochs and processes have seeds of their own.
+    # Each epoch seeds itself: order, augmentation and dropout. So a run resumes with no random state
+    # saved. Runs, epochs and processes have seeds of their own.
     seed = config.seed * 100_000 + epoch
     torch.manual_seed(seed * 1000 + RANK)
     steps = math.ceil(len(data) / config.batch_size)
-    began = monotonic()
+    began = perf_counter()
     sums = torch.zeros(2, device=data.tensors[0].device)  # of the losses and of the correct answers
     for step, (images, labels) in enumerate(training_batches(data, config, seed, RANK, WORLD_SIZE), 1):
-        rate = get_learning_rate(config, epoch + (step - 1) / steps)
-        optimizer.param_groups[0]['lr'] = rate
-
+        rate = optimizer.param_groups[0]['lr'] = get_learning_rate(config, epoch + (step - 1) / steps)
         # Forward, backward, update
         with autocast:
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        # Of several processes the mean gradient is taken, so that each loss is weighted by its images.
+        # Of several processes the mean gradient is taken, so that each loss is weighted by its images;
+        # of a single one the weight is 1.
         in_batch = min(config.batch_size, len(data) - (step - 1) * config.batch_size)
         (loss * (len(labels) * WORLD_SIZE / in_batch)).backward()
         if config.clip:
@@ -316,57 +304,45 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
         if config.max_norm:
             apply_max_norm(model, config.max_norm)
 
-        # What follows only watches. A GPU has to stop to be read: every tenth step and the last one do so.
+        # The rest changes no weights. A GPU has to stop to be read: each tenth step and the last do so.
         sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
         if step % 10 == 0 or step == steps:
-            total = sums.clone()  # all_reduce writes into it
-            if WORLD_SIZE > 1:
-                dist.all_reduce(total)
-            mean_loss, accuracy = (total / min(step * config.batch_size, len(data))).tolist()
-            # A millisecond more, as a clock may stand still for a while
-            print_step(config, epoch, step, steps, mean_loss, rate, monotonic() - began + 1e-3)
+            seen = min(step * config.batch_size, len(data))
+            mean_loss, accuracy = (sum_over_processes(sums) / seen).tolist()
+            check_loss(mean_loss, f"epoch {epoch + 1}/{config.epochs}  step {step}/{steps}", rate)
+            print_step(config, epoch, step, steps, mean_loss, rate, perf_counter() - began)
     return mean_loss, accuracy * 100
 
 
 def train(name, config, options, device):
-    """Begin or continue the run of that name, up to its last epoch or its early stop. Returns its Run."""
-    # Images, model and optimizer
+    """Begin or continue the run of that name, up to its last epoch or early stop. Returns its Run."""
     train_data, val_data = load_images(config, options, device)
     torch.manual_seed(config.seed)
     model = build_model(config, device)
     optimizer = build_optimizer(model, config)
-
-    # The run's folder, which process 0 finds for all; an unfinished run goes on from its checkpoint
-    run, checkpoint = from_process_0(RANK == 0 and find_run(name, config))
     precision = choose_precision(options.precision, device)
-    run.machine = describe_machine(device, precision)
-    if checkpoint:
-        with reading(run.folder / 'last.pt'):
-            model.load_state_dict(checkpoint['model'])
-            optimizer.load_state_dict(checkpoint['optimizer'])
-
-    # Speed: training_model shares its weights with model, which is saved, and validated in float32.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')
-    training_model = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    if options.compile:
-        torch.compiler.reset()  # it keeps only a few graphs, those of a group's earlier runs too
-        # One graph for the batches and one for the last, smaller one; on a GPU each starts as a whole.
-        training_model = torch.compile(training_model, dynamic=False, mode='reduce-overhead')
 
-    # Epochs, up to the last one or early stopping; the clock goes on where the run was interrupted.
-    began = monotonic() - (run.last.seconds if run.history else 0)
-    with lock(run.folder):
-        if RANK == 0:
-            for part in run.folder.glob('*.part'):  # left by a write that was killed
-                part.unlink()
-        save_checkpoint(run, model, optimizer)  # a folder that can't be written fails before any training
-        while not run.is_finished:
-            epoch = len(run.history)
+    # Process 0 opens the run. The others get it, the optimizer's state, and in share_work the weights.
+    opened = open_run(name, config, model, optimizer) if RANK == 0 else contextlib.nullcontext()
+    with opened as run:
+        run, state = from_process_0((run, optimizer.state_dict()))
+        optimizer.load_state_dict(state)
+        run.machine = describe_machine(device, precision)
+        training_model = share_work(model, options.compile)  # model itself is validated and saved
+        save_checkpoint(run, model, optimizer)  # a disk that can't be written fails before it trains
+
+        began = perf_counter() - (run.last.seconds if run.history else 0)  # the clock goes on, too
+        for epoch in range(len(run.history), config.epochs):
+            # Early stopping: the last `patience` epochs have brought no better one.
+            if run.history and len(run.history) - run.best.epoch >= config.patience:
+                break
             trained = train_epoch(training_model, optimizer, train_data, config, epoch, autocast)
             validated = evaluate(model, val_data)
-            row = Epoch(epoch + 1, optimizer.param_groups[0]['lr'], *trained, *validated, monotonic() - began)
-            row = from_process_0(row)  # batch norm's running means differ a little between processes
-            check_loss(row.val_loss, f"the validation of epoch {row.epoch}", row.learning_rate)
+            rate, seconds = optimizer.param_groups[0]['lr'], perf_counter() - began
+            # Process 0's numbers, as batch norm's running means differ a little between processes
+            row = from_process_0(Epoch(epoch + 1, rate, *trained, *validated, seconds))
+            check_loss(row.val_loss, f"the validation of epoch {row.epoch}", rate)
             run.history.append(row)
             save_checkpoint(run, model, optimizer)
             print_epoch(run)  # what is printed is saved
@@ -374,15 +350,43 @@ def train(name, config, options, device):
     return run
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
+
+
+def train_group(configs, options, device):
+    """Train a run, or the runs of a group that are not finished yet; configs has them by name.
+
+    Where one of a group diverges, the others are trained. Raises Diverged where none is left.
+    """
+    # The runs of the group, if it is one, by configuration; all names lie in one folder.
+    group = next(iter(configs)).rpartition('/')[0]
+    found = {run.config: run for run in read_runs(f'{group}/*')} if group else {}
+    runs = []
+    for name, config in configs.items():
+        run = found.get(config)
+        run = from_process_0(run if run and not read_checkpoint(run.folder) else None)
+        if run:
+            print(f"{run.folder} is finished.")
+            runs.append(run)
+            continue
+        try:
+            runs.append(train(name, config, options, device))
+        except Diverged as error:
+            if not group:
+                raise
+            print(f"{name}: {error}")
+            diverged = error
+    if not runs:
+        raise diverged
+    return runs
 
 
 def main():
     configs, options = parse_configuration()
     device = choose_device(options.device)
     if WORLD_SIZE > 1:
-        # The others wait for a day before they fail, as process 0 may have images to download.
+        # The others wait for a day before they fail, as one may have images to download.
         dist.init_process_group(timeout=timedelta(days=1))
     if RANK > 0:
         sys.stdout = None  # it prints nothing, as one speaks for all
@@ -390,33 +394,15 @@ def main():
     if shutil.which('nvidia-smi') and not torch.version.cuda:
         print(f"PyTorch {torch.__version__} is built without CUDA: pytorch.org has one for your NVIDIA GPU.")
 
-    # The finished runs of the group, if it is one (all names lie in one folder), by their configuration
-    group = (RESULTS / next(iter(configs))).parent
-    found = read_runs(group) if group != RESULTS else []
-    finished = from_process_0({run.config: run for run in found if run.is_finished})
-    # The others are trained, also where one of a group diverges.
-    runs = []
-    for name, config in configs.items():
-        if config in finished:
-            print(f"{finished[config].folder} is finished.")
-            runs.append(finished[config])
-            continue
-        try:
-            runs.append(train(name, config, options, device))
-        except Diverged as error:
-            if group == RESULTS:
-                raise
-            print(f"{name}: {error}")
-    if not runs:
-        raise UserError("Every run diverged: choose smaller learning rates.")
+    runs = train_group(configs, options, device)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        for run in runs:
-            plot_accuracy({('validation',): [run]}, run.folder / 'accuracy.png')
+        # A run is finished when the report has it. If its weights can't be confirmed, it stays unfinished.
         best = max(runs, key=lambda run: run.accuracy)
-        evaluate_and_report([best], options.data_dir, device)
-        (best.folder / 'reported').touch()  # from now on the same command begins a new run
+        if evaluate_and_report([best], options.data_dir, device):
+            for run in runs:
+                close_run(run)
 
 
 if __name__ == '__main__':

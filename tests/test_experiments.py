@@ -1,6 +1,5 @@
 """Groups of runs: several values of an option, and the section that the report makes of them."""
 import html
-import os
 import re
 import shutil
 import statistics
@@ -10,8 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import rows, script, use_few_images
+from conftest import killed, rows, script, use_few_images
+from matplotlib.figure import Figure
 from PIL import Image
+from test_evaluation import read_report, record
 
 import CIFAR10_evaluation
 from CIFAR10_configuration import SETTINGS, Epoch, Run
@@ -21,14 +22,13 @@ ACT = f'{SMALL} --batch-size 10 --name act --activation tanh relu --seed 0 1'
 
 
 def section(folder, heading):
-    """A section of the report: text, number of figures, the table as dicts by column, what its rows share."""
-    report = (folder / 'results' / 'report.html').read_text(encoding='utf-8')
-    [part] = re.findall(f'<h3>{heading}</h3>(.*?)(?=<h[23]>|</html>)', report, re.DOTALL)
-    header, *lines = [[html.unescape(cell) for cell in re.findall('<td title=".*?">(.*?)</td>', line)]
-                      for line in re.findall('<tr.*?>(.*?)</tr>', part)]
+    """A section of the report: its HTML, text, the table's rows as dicts by column, what the rows share."""
+    report, tables = read_report(folder)
+    before, part = re.split(f'<h3>{re.escape(html.escape(heading))}</h3>', report)
+    part = part.split('</section>')[0]
     text, shared = re.search('<p>(.*?)</p>.*<p class="small">(.*?)</p>', part, re.DOTALL).groups()
-    return SimpleNamespace(text=text.strip(), figures=part.count('<img '), shared=html.unescape(shared),
-                           rows=[dict(zip(header, line, strict=True)) for line in lines])
+    return SimpleNamespace(html=part, text=text.strip(), rows=tables[before.count('<table>')],
+                           shared=html.unescape(shared).split('; '))
 
 
 @pytest.fixture(scope='module')
@@ -49,11 +49,13 @@ def copied(group, tmp_path):
     return tmp_path
 
 
-def test_two_runs_under_one_name_become_a_section_that_compares_them(copied):
-    (copied / 'results' / 'act' / 'README.md').write_text('# ReLU is <better>\n\nBy far.', encoding='utf-8')
-    assert script(copied, 'CIFAR10_evaluation.py').returncode == 0
-    found = section(copied, 'ReLU is &lt;better&gt;')
-    assert found.text == 'By far.' and found.figures == 1
+def test_several_values_of_an_option_become_a_section_that_compares_them(copied, few_images):
+    (copied / 'results' / 'act' / 'README.md').write_text('# ReLU is better\n\nBy far.', encoding='utf-8')
+    done = script(copied, 'CIFAR10_evaluation.py --name act/relu-0')
+    best = Run.read(copied / 'results' / 'act' / 'relu-0').accuracy
+    assert f'{best:.2f} % recomputed, {best:.2f} % recorded' in done.stdout
+    found = section(copied, 'ReLU is better')
+    assert found.text == 'By far.' and found.html.count('<img ') == 1
     assert [row['--activation'] for row in found.rows] == ['relu', 'tanh']  # what differs, but for the seed
     for row in found.rows:
         name = row['--activation']
@@ -66,208 +68,146 @@ def test_two_runs_under_one_name_become_a_section_that_compares_them(copied):
             assert mean == pytest.approx(statistics.mean(numbers), abs=0.006)
             assert deviation == pytest.approx(statistics.stdev(numbers), abs=0.006)
     parameters = (3072 + 1) * 8 + 2 * 8 + (8 + 1) * 10
-    for text in ('Model: MLP (NOT CIFAR-10)', f'Parameters: {parameters:,}', '--epochs: 2',
-                 'Seeds: 2'):
-        assert text in found.shared.split('; ') and text.split(': ')[0] not in found.rows[0]
+    for text in 'Model: MLP (NOT CIFAR-10)', f'Parameters: {parameters:,}', '--epochs: 2', 'Seeds: 2':
+        assert text in found.shared and text.split(': ')[0] not in found.rows[0]
+    # The best row is bold, and a bar as long as its mean
+    bars = dict(re.findall(r'<tr class="(.*?)">.*?"--bar: ([\d.]+)%"', found.html))
+    means = [float(row['Validation (%)'].split(' ±')[0]) for row in found.rows]
+    assert [float(bars['best']), float(bars[''])] == sorted(means, reverse=True)
 
 
-def test_a_group_goes_on_where_it_was_and_is_finished_by_its_records_alone(copied, few_images):
+def test_a_killed_group_goes_on_in_the_run_that_it_was_at(group, tmp_path, few_images):
+    assert killed(100, tmp_path, ACT.split(' ', 1)[1])
+    done = script(tmp_path, ACT)
+    assert done.returncode == 0 and 'Continuing act/tanh-0 after epoch 2.' in done.stdout, done.stderr
+    for folder in (group / 'results' / 'act').glob('*-*'):
+        whole, continued = rows(folder), rows(tmp_path / 'results' / 'act' / folder.name)
+        assert [{**row, 'seconds': ''} for row in continued] == [{**row, 'seconds': ''} for row in whole]
+    checkpoints = list(map(torch.load, tmp_path.rglob('last.pt')))
+    assert len(checkpoints) == 4 and not any('optimizer' in checkpoint for checkpoint in checkpoints)
+
+
+def test_a_finished_group_stays_also_without_weights_but_a_damaged_record_is_trained_anew(copied, few_images):
     folder = copied / 'results' / 'act'
-    before = {file: file.read_bytes() for file in folder.glob('*/*.pt')}
-    (folder / 'relu-1' / 'history.csv').write_text('damaged')
-    again = script(copied, ACT)
-    assert again.returncode == 0 and 'epoch 2/2' not in again.stdout, again.stderr
-    # Its checkpoint restores the record
-    assert again.stdout.count('relu-1 holds no readable run') == 1
-    assert not (folder / 'relu-1-2').exists() and len(rows(folder / 'relu-1')) == 2
-    assert again.stdout.count(' is finished.') == 3
-    again = script(copied, ACT.replace('tanh relu --seed 0 1', 'relu tanh --seed 1 0'))  # in another order
-    assert again.returncode == 0 and again.stdout.count(' is finished.') == 4, again.stderr
-    kept = {file: content for file, content in before.items() if file.parent.name != 'relu-1'}
-    assert len(kept) == 6 and kept == {file: file.read_bytes() for file in kept}
     for file in folder.rglob('*.pt'):  # as where only records were committed
         file.unlink()
+    for command, count in ((ACT.replace('tanh relu --seed 0 1', 'relu tanh --seed 1 0'), 4),  # reversed
+                           (f'{SMALL} --batch-size 10 --activation relu --name act/relu-0', 1)):
+        again = script(copied, command)
+        assert again.returncode == 0 and again.stdout.count(' is finished.') == count, again.stderr
+    assert len(list(folder.rglob('history.csv'))) == 4 and len(section(copied, 'act').rows) == 2
+    (folder / 'relu-1' / 'history.csv').write_text('damaged')
     again = script(copied, ACT)
-    assert again.returncode == 0 and again.stdout.count(' is finished.') == 4, again.stderr
-    assert len(section(copied, 'act').rows) == 2
+    assert again.returncode == 0 and again.stdout.count(' is finished.') == 3, again.stderr
+    assert 'relu-1 holds no readable run' in again.stdout and len(rows(folder / 'relu-1-2')) == 2
+    assert (folder / 'relu-1' / 'history.csv').read_text() == 'damaged'
 
 
 def test_options_are_columns_and_models_come_first(tmp_path, few_images):
-    done = script(tmp_path, 'CIFAR10_train.py --name m --dataset synthetic --epochs 1 --model mlp lenet5 '
-                            '--batch-size 50 100')
-    assert done.returncode == 0, done.stderr
-    found = section(tmp_path, 'm')
-    labels = [(row['Model'].split()[0], row['--batch-size']) for row in found.rows]
-    assert labels == [(model, size) for model in ('LeNet-5', 'MLP') for size in ('50', '100')]
-    assert found.figures == 1
+    script(tmp_path, 'CIFAR10_train.py --name m --dataset synthetic --epochs 1 --model mlp lenet5 '
+                     '--batch-size 100 20')
+    labels = [(row['Model'].split()[0], row['--batch-size']) for row in section(tmp_path, 'm').rows]
+    assert labels == [(model, size) for model in ('LeNet-5', 'MLP') for size in ('20', '100')]
 
 
-def test_a_single_run_of_a_group_is_not_trained_again_either(tmp_path, few_images):
-    command = f'{SMALL} --name rates/slow --learning-rate 0.001'
-    assert 'epoch 2/2' in script(tmp_path, command).stdout
-    assert 'rates/slow is finished.' in script(tmp_path, command).stdout
-    assert 'is finished' not in script(tmp_path, command.replace('--epochs 2', '--epochs 1')).stdout
-    assert {file.parent.name for file in tmp_path.glob('results/rates/*/best.pt')} == {'slow', 'slow-2'}
-    assert [row['--epochs'] for row in section(tmp_path, 'rates').rows] == ['1', '2']
-
-
-def test_a_group_named_as_a_run_hides_none(tmp_path, few_images):
-    for seeds in '7', '0 1':
-        done = script(tmp_path, f'{SMALL} --name both --seed {seeds}')
+def test_a_group_and_a_run_of_one_name_both_stay(tmp_path, few_images):
+    for options in ('--name run --seed 7', '--name run --seed 0 1',  # a group in a run's folder
+                    '--name group --activation elu tanh', '--name group --warmup 1'):  # and the reverse
+        done = script(tmp_path, f'{SMALL} {options}')
         assert done.returncode == 0, done.stderr
-    sections = (tmp_path / 'results' / 'report.html').read_text(encoding='utf-8').split('<h3>both</h3>')[1:]
-    accuracies = [re.findall(r'<td title="Validation \(%\)"[^>]*>([\d.]+)', text)[-1] for text in sections]
-    best = max(float(row['val_accuracy']) for row in rows(tmp_path / 'results' / 'both'))
-    assert len(accuracies) == 2 and accuracies[0] == f'{best:.2f}'
+    results = tmp_path / 'results'
+    assert {file.parent.relative_to(results).as_posix() for file in results.rglob('best.pt')} == {
+        'run', 'run/0', 'run/1', 'group/elu', 'group/tanh', 'group-2'}
+    single, _ = re.findall(r'<h3>run</h3>.*?--bar: ([\d.]+)', read_report(tmp_path)[0], re.DOTALL)
+    assert single == f'{Run.read(results / "run").accuracy:.2f}'
+
+
+def test_a_group_of_seeds_alone_has_a_figure(tmp_path, few_images):
+    assert script(tmp_path, f'{SMALL} --batch-size 10 --seed 0 1').returncode == 0
+    assert section(tmp_path, 'seed').html.count('<img ') == 1
 
 
 def test_a_run_that_diverges_ends_no_group(tmp_path, few_images):
     command = f'{SMALL} --normalization none --batch-size 10 --optimizer sgd --warmup 0 --learning-rate 9e8'
     done = script(tmp_path, f'{command} 0.01 --name rates')
-    assert done.returncode == 0, done.stderr
-    assert 'rates/900000000.0: The loss is' in done.stdout
+    assert done.returncode == 0 and 'rates/900000000.0: The loss is' in done.stdout, done.stderr
     assert len(rows(tmp_path / 'results' / 'rates' / '0.01')) == 2
     done = script(tmp_path, f'{command} 8e8 --name worse')
-    assert done.returncode == 2 and done.stderr.startswith('Every run diverged')
+    assert done.returncode == 2 and f'worse/800000000.0: {done.stderr}' in done.stdout
 
 
-def test_a_run_in_a_group_is_evaluated_by_its_name(group, few_images):
-    done = script(group, 'CIFAR10_evaluation.py --name act/relu-0')
-    best = max(float(row['val_accuracy']) for row in rows(group / 'results' / 'act' / 'relu-0'))
-    assert f'{best:.2f} % recomputed, {best:.2f} % recorded' in done.stdout
-    assert section(group, 'act').text == ''  # it has none, and is called by its name
-
-
-@pytest.mark.parametrize('model', ['mlp', 'lenet5'])
-def test_a_run_without_standardization_is_recomputed_without_it(model, tmp_path, few_images):
-    done = script(tmp_path, f'CIFAR10_train.py --model {model} --dataset synthetic --epochs 2 '
-                            '--batch-size 10 --standardization off')
-    [(recomputed, recorded)] = re.findall(r'([\d.]+) % recomputed, ([\d.]+) % recorded', done.stdout)
-    assert recomputed == recorded
-    weights = f'--model {model} --weights results/{model}/best.pt'
-    assert f'{recorded} %' in script(tmp_path, f'CIFAR10_evaluation.py {weights} --dataset synthetic').stdout
-
-
-def run(accuracies, seed=0, **changes):
-    """A run with these accuracies, one percent more in training, a minute an epoch, a drop after two."""
-    history = [Epoch(epoch, 0.1 if epoch < 3 else 0.01, 1, accuracy + 1, 1, accuracy, 60 * epoch)
-               for epoch, accuracy in enumerate(accuracies, 1)]
-    return Run(None, replace(SETTINGS['lenet5'], seed=seed, **changes), {}, history)
-
-
-def test_the_report_is_the_same_whatever_the_age_of_its_files(copied):
-    folder, reports = copied / 'results', []
-    for name in ('relu-1', 'tanh-0'):  # two of them are no group too
-        shutil.copytree(folder / 'act' / name, folder / name, ignore=shutil.ignore_patterns('*.pt'))
-    for age in 1, -1:  # which of them are older
-        for number, file in enumerate(sorted(folder.rglob('config.json'))):
-            os.utime(file, (10**9, 10**9 + age * number))
-        assert script(copied, 'CIFAR10_evaluation.py').returncode == 0
-        reports.append((folder / 'report.html').read_text(encoding='utf-8'))
-    assert reports[0] == reports[1] and '<h3>relu-1</h3>' in reports[0]
-
-
-def test_a_group_without_a_readable_run_does_not_stop_the_report(copied):
-    folder = copied / 'results' / 'group' / 'run'
-    folder.mkdir(parents=True)
-    (folder / 'config.json').write_text('{')
-    done = script(copied, 'CIFAR10_evaluation.py')
-    assert done.returncode == 0 and done.stdout.count('holds no readable run') == 1, done.stderr
-    shutil.rmtree(copied / 'results' / 'act')
-    done = script(copied, 'CIFAR10_evaluation.py')
-    assert done.returncode == 2 and done.stderr.startswith('There are no readable runs')
-
-
-def test_where_one_option_of_a_setting_varies_the_setting_is_compared_too(copied):
+def test_where_one_option_of_a_setting_varies_the_setting_is_compared_too(tmp_path):
     for name, changes in {'lenet5': {}, 'long/100': {'epochs': 100}, 'long/120': {'epochs': 120},
                           'slow': {'epochs': 100, 'learning_rate': 0.01}}.items():
-        epochs = changes.get('epochs', SETTINGS['lenet5'].epochs)
-        made = run([50] * (epochs - 1) + [60], **changes)
-        (copied / 'results' / name).mkdir(parents=True)
-        replace(made, folder=copied / 'results' / name).write()
-    assert script(copied, 'CIFAR10_evaluation.py').returncode == 0
-    assert len(section(copied, 'long').rows) == 3
-    report = (copied / 'results' / 'report.html').read_text(encoding='utf-8')
-    assert report.index('<h3>slow</h3>') < report.index('<h3>act</h3>')  # single runs come first
-    part = report[report.index('<h3>slow</h3>'):].split('</section>')[0]
-    assert part.count('<tr') == 2 and '<td title="--learning-rate">0.01</td>' in part
-    assert 'alt="validation, LeNet-5: 60.0 % in 100 epochs"' in part
+        config = replace(SETTINGS['lenet5'], **changes)
+        record(tmp_path / 'results' / name, config, [50] * (config.epochs - 1) + [60])
+    script(tmp_path, 'CIFAR10_evaluation.py')
+    assert [row['--epochs'] for row in section(tmp_path, 'long').rows] == ['100', '120', '150']
+    report, slow = read_report(tmp_path)[0], section(tmp_path, 'slow')
+    assert report.index('<h3>slow</h3>') < report.index('<h3>long</h3>')  # single runs come first
+    assert len(slow.rows) == 1 and slow.rows[0]['--learning-rate'] == '0.01'
+    assert 'LeNet-5: 60.0 % in 100 epochs' in slow.html
 
 
-def test_the_best_row_is_bold_and_a_bar_as_long_as_its_accuracy(copied):
-    assert script(copied, 'CIFAR10_evaluation.py').returncode == 0
-    part = (copied / 'results' / 'report.html').read_text(encoding='utf-8').split('<h3>act</h3>')[1]
-    bars = re.findall(r'<td title="Validation \(%\)" style="--bar: ([\d.]+)%">([\d.]+) ±', part)
-    assert len(bars) == 2 and all(bar == mean for bar, mean in bars)
-    [best] = re.findall(r'<tr class="best">.*?"--bar: ([\d.]+)%', part)
-    assert float(best) == max(float(bar) for bar, _ in bars)
+def run(accuracies, seed=0):
+    """A run with these accuracies, one percent more in training, and a drop after two epochs."""
+    history = [Epoch(epoch, 0.1 if epoch < 3 else 0.01, 4 - epoch, accuracy + 1, 3 - epoch, accuracy, epoch)
+               for epoch, accuracy in enumerate(accuracies, 1)]
+    return Run(None, replace(SETTINGS['lenet5'], seed=seed, learning_rate_decay='step'), {}, history)
+
+
+SEEDS = [run([10, 30, 20]), run([20, 40, 60, 70], 1)]  # the second seed trained longer
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of the figures that were drawn, instead of their files."""
+    """The figures that were drawn, instead of their files."""
     found = []
-    monkeypatch.setattr(CIFAR10_evaluation, 'save_figure', lambda axes, file: found.append(axes))
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, *_: found.append(figure))
+    monkeypatch.setattr(CIFAR10_evaluation, 'atomic_write', lambda *_: None)
     return found
 
 
-STEP = dict(learning_rate_decay='step')
-SEEDS = [run([10, 30, 20], **STEP), run([20, 40, 60, 70], 1, **STEP)]  # the second seed trained longer
-
-
-def test_curves_are_means_over_the_seeds_in_the_first_options_colour_and_the_others_dashes(drawn):
+def test_curves_are_means_over_the_seeds_in_the_first_options_colour_and_the_others_dashes(drawn, tmp_path):
     compared = {('relu', 'he'): SEEDS, ('relu', 'xavier'): [run([50, 60])], ('tanh', 'he'): [run([5, 6])]}
-    CIFAR10_evaluation.plot_accuracy(compared, None, ['activation', 'initialization'])
-    [axes] = drawn
-    one, two, three = (line for line in axes.lines if len(line.get_xdata()))  # nothing else is drawn
+    CIFAR10_evaluation.plot_group(compared, ['activation', 'initialization'], tmp_path / 'accuracy.png')
+    [axes], [legend] = drawn[0].axes, drawn[0].legends
+    one, two, three = axes.lines
     np.testing.assert_allclose(one.get_xydata(), [[1, 15], [2, 35], [3, 40]])
     np.testing.assert_allclose(two.get_xydata(), [[1, 50], [2, 60]])
     assert one.get_color() == two.get_color() != three.get_color()
     assert one.get_linestyle() == three.get_linestyle() != two.get_linestyle()
-    assert axes.get_legend_handles_labels()[1] == ['relu', 'tanh', 'he', 'xavier']
-    [legend] = axes.figure.legends
-    assert legend.get_title().get_text() == 'colour: activation\ndashes: initialization'
+    assert [text.get_text() for text in legend.texts] == ['relu, he', 'relu, xavier', 'tanh, he']
+    assert legend.get_title().get_text() == 'activation\ninitialization'
     assert (axes.get_xlabel(), axes.get_ylabel()) == ('epoch', 'accuracy (%)')
 
 
-def test_a_single_curve_also_shows_training_early_stopping_and_drops_of_the_learning_rate(drawn):
-    CIFAR10_evaluation.plot_accuracy({('validation',): SEEDS}, None)
-    [axes] = drawn
-    one, training, star = (line for line in axes.lines if len(line.get_xdata()))
+def test_a_settings_figures_show_accuracies_early_stopping_losses_and_learning_rate(drawn, tmp_path):
+    runs = [replace(seed, folder=tmp_path) for seed in SEEDS]
+    CIFAR10_evaluation.plot_setting(runs, tmp_path / 'accuracy.png')
+    CIFAR10_evaluation.plot_loss(runs[0])
+    [axes], (left, right) = drawn[0].axes, drawn[1].axes
+    one, training, star = axes.lines
     np.testing.assert_allclose(one.get_ydata(), [15, 35, 40])
     np.testing.assert_allclose(training.get_xydata(), [[1, 16], [2, 36], [3, 41]])
     np.testing.assert_allclose(star.get_xydata(), [[3, 50]])  # the mean of 30 % at 2 and of 70 % at 4
     [[[x, _], _]] = axes.collections[-1].get_segments()
     assert 2 <= x < 3 and axes.get_ylim() == (0, 105)  # the settings have one scale
-    labels = axes.get_legend_handles_labels()[1]
-    assert [label for label in labels if label] == ['validation', 'training', 'early stopping',
-                                                    'learning rate drops']
+    assert axes.get_legend_handles_labels()[1] == ['validation', 'training', 'early stopping',
+                                                   'learning rate drops']
     assert axes.get_title() == 'LeNet-5: 50.0 % in 3 epochs'
-
-
-def test_losses_and_the_learning_rate_have_an_axis_each(drawn, tmp_path):
-    history = [Epoch(1, 0.1, 2.2, 0, 2.1, 0, 9), Epoch(2, 0.01, 1.2, 0, 1.1, 0, 9)]
-    CIFAR10_evaluation.plot_loss(Run(tmp_path, SETTINGS['mlp'], {}, history))
-    left, right = drawn[0].figure.axes
     found = {line.get_label(): list(line.get_ydata()) for line in [*left.lines, *right.lines]}
-    assert found == {'validation': [2.1, 1.1], 'training': [2.2, 1.2], 'learning rate': [0.1, 0.01]}
+    assert found == {'validation': [2, 1, 0], 'training': [3, 2, 1], 'learning rate': [0.1, 0.1, 0.01]}
     assert (left.get_ylabel(), right.get_ylabel()) == ('loss', 'learning rate') and len(right.lines) == 1
 
 
-@pytest.mark.parametrize('model', SETTINGS)
-def test_the_first_layers_weights_are_pictures_from_their_lowest_to_their_highest(model, trained):
+@pytest.mark.parametrize('model, side', [('mlp', 32), ('lenet5', 5), ('resnet32', 3)])
+def test_the_first_layers_weights_are_pictures_from_their_lowest_to_their_highest(model, side, trained):
     folder = trained[0] / 'results' / model
     first = next(iter(torch.load(folder / 'best.pt')['model_state_dict'].values()))
-    side = dict(mlp=32, lenet5=5, resnet32=3)[model]
     weights = first.reshape(-1, 3, side, side)[1]  # the second one is the second picture in the first row
     picture = np.asarray(Image.open(folder / 'weights.png'))[2:96, 98:192]
     for y, x in (0, 0), (side - 1, 0), (side // 2, side - 1):
         place = (int((y + 0.5) * 94 / side), int((x + 0.5) * 94 / side))
         wanted = (weights[:, y, x] - weights.min()) / (weights.max() - weights.min()) * 255
         np.testing.assert_allclose(picture[place], wanted, atol=2)
-
-
-def test_a_group_stops_at_the_first_user_error(tmp_path):
-    done = script(tmp_path, f'{SMALL} --seed 0 1 --batch-size 4999')
-    assert done.returncode == 2 and 'leaves a batch of 1' in done.stderr
-    assert done.stdout.count('Training images') == 1
