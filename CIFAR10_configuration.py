@@ -239,7 +239,7 @@ def named_configurations(options):
 
     '--activation relu elu' gives activation/relu and activation/elu.
     """
-    # The values of each option; all that follows one --hidden or --milestones is one value.
+    # The values of each option, {'activation': ['relu', 'elu']}; all after a --hidden are one value.
     given = {name: values if name in ('hidden', 'milestones') else sum(values, [])
              for name, values in vars(options).items() if name in FIELDS}
     # A run for each combination, named by those of its values that vary

@@ -336,7 +336,7 @@ def group_runs():
                                     f"({run.accuracy - first.accuracy:+.2f})")
                     print_once(repeated[-1])
                     break
-            else:
+            else:  # none has this seed yet
                 runs.append(run)
     if not groups:
         raise UserError(f"There are no readable runs in {RESULTS.absolute()}: train one, or go to them.")

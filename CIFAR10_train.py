@@ -75,8 +75,8 @@ def apply_max_norm(model, max_norm):
 # Checkpoint
 #
 # After each epoch last.pt has all that a run needs to go on: model, optimizer, history. While it has
-# the optimizer's state, the run is unfinished, and the same command continues it after its last whole
-# epoch. That state is taken out when the run is finished, evaluated and in the report.
+# the optimizer's state, the run is unfinished: Ctrl-C or a kill costs the epoch that has begun, and the
+# same command goes on from last.pt. That state is taken out when the run is evaluated and reported.
 
 
 def save(file, run, **content):
@@ -103,7 +103,8 @@ def save_checkpoint(run, model, optimizer):
 def read_checkpoint(folder):
     """What last.pt holds, if the run is unfinished; else None."""
     file = folder / 'last.pt'
-    if not file.exists() or (folder / 'reported').exists():  # the mark of earlier versions
+    # By an empty file `reported` earlier versions said that nothing is left to do.
+    if not file.exists() or (folder / 'reported').exists():
         return None
     checkpoint = load_file(file)
     return checkpoint if 'optimizer' in checkpoint else None
@@ -294,10 +295,10 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        # Of several processes the mean gradient is taken, so that each loss is weighted by its images;
-        # of a single one the weight is 1.
+        # The weight is 1, but for several processes: of their gradients the mean is taken.
         in_batch = min(config.batch_size, len(data) - (step - 1) * config.batch_size)
-        (loss * (len(labels) * WORLD_SIZE / in_batch)).backward()
+        weight = len(labels) * WORLD_SIZE / in_batch
+        (loss * weight).backward()
         if config.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()

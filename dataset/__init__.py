@@ -102,7 +102,8 @@ def crop_and_flip(images, offsets, flips):
         offsets (Tensor): (N, 2), top and left of each crop in the padded image, from 0 to 8.
         flips (Tensor): (N,) bool.
     """
-    # All windows of 32 rows and 32 columns, a view (N, 3, top, left, 32, 32); one is taken of each image
+    # All windows of 32 rows and 32 columns, a view (N, 3, top, left, 32, 32). Of image i the one that
+    # begins at row top[i] and column left[i] is taken.
     crops = F.pad(images, [4] * 4).unfold(2, 32, 1).unfold(3, 32, 1)
     top, left = offsets.T
     images = crops[torch.arange(len(images), device=images.device), :, top, left]
