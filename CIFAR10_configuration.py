@@ -20,6 +20,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 RESULTS = Path('results')  # holds a folder for each run, and for each group of runs
+MODELS = 'mlp lenet5 resnet32'
 
 # torchrun starts a process for each GPU, and tells each its rank and how many there are. Without it
 # the process is alone, 0 of 1, whatever a cluster set these variables to for another program.
@@ -37,7 +38,7 @@ class UserError(Exception):
 # Hyperparameters
 
 
-def option(default, reason, choices='', low=0, below=1e9, models='mlp lenet5 resnet32'):
+def option(default, reason, choices='', low=0, below=1e9, models=MODELS):
     """A field of Configuration: default, reason, allowed texts or numbers, the models that have it."""
     return field(default=default, metadata=dict(
         reason=reason, choices=choices.split(), low=low, below=below, models=models.split()))
@@ -50,7 +51,7 @@ class Configuration:
     The defaults are those of the slides or of He et al. 2016, which SETTINGS below changes for each
     model; --help shows the result. A field that a model does not have means nothing there.
     """
-    model: str = option('resnet32', "one of the three settings", 'mlp lenet5 resnet32')
+    model: str = option('resnet32', "one of the three settings", MODELS)
 
     # Data
     dataset: str = option('cifar10', "synthetic is made by the program", 'cifar10 synthetic')
@@ -240,7 +241,7 @@ def named_configurations(options):
     '--activation relu elu' gives activation/relu and activation/elu.
     """
     # The values of each option, {'activation': ['relu', 'elu']}; all after a --hidden are one value.
-    given = {name: values if name in ('hidden', 'milestones') else sum(values, [])
+    given = {name: values if isinstance(FIELDS[name].default, tuple) else sum(values, [])
              for name, values in vars(options).items() if name in FIELDS}
     # A run for each combination, named by those of its values that vary
     varied = [name for name, values in given.items() if len(values) > 1]
@@ -287,6 +288,11 @@ class Run:
     def accuracy(self):
         """The validation accuracy of the best epoch, in percent."""
         return self.best.val_accuracy
+
+    @property
+    def epochs_since_best(self):
+        """How many epochs the best one is ago; 0 before the first."""
+        return len(self.history) - self.best.epoch if self.history else 0
 
     @property
     def last(self):

@@ -314,7 +314,7 @@ figcaption { display: none; font-size: 12px } .pixels figcaption { display: bloc
 def key_without_seed(run):
     """What runs that differ only in their seed have in common: a configuration with seed 0."""
     # One that was interrupted is another run than one of full length: it has the epochs so far.
-    stopped_early = len(run.history) - run.best.epoch >= run.config.patience
+    stopped_early = run.epochs_since_best >= run.config.patience
     return replace(run.config, seed=0, epochs=run.config.epochs if stopped_early else len(run.history))
 
 
@@ -472,7 +472,7 @@ def html_group(folder, group, top):
     # What differs from the settings; where it is one option, they themselves belong to the group.
     settings = [SETTINGS[config.model] for config in group]
     options = [name for name in FIELDS
-               if any(getattr(config, name) != getattr(SETTINGS[config.model], name) for config in group)]
+               if any(name in config.differences(setting) for config, setting in zip(group, settings))]
     if len(options) == 1:
         group = group | {setting: top[setting] for setting in settings if setting in top}
 

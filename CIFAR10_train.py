@@ -336,7 +336,7 @@ def train(name, config, options, device):
         began = perf_counter() - (run.last.seconds if run.history else 0)  # the clock goes on, too
         for epoch in range(len(run.history), config.epochs):
             # Early stopping: the last `patience` epochs have brought no better one.
-            if run.history and len(run.history) - run.best.epoch >= config.patience:
+            if run.epochs_since_best >= config.patience:
                 break
             trained = train_epoch(training_model, optimizer, train_data, config, epoch, autocast)
             validated = evaluate(model, val_data)
