@@ -71,8 +71,7 @@ class Configuration:
     initialization: str = option('he_normal', "He's keeps the variance through ReLU layers, Xavier's through "
                                  "linear ones", 'xavier_normal he_normal', models='mlp lenet5')
     depth: int = option(32, "ResNet: layers, 6 n + 2", '8 14 20 32 44 56 110', models='resnet32')
-    block: str = option('residual', "ResNet: plain has no shortcut; projection is option B of He et al. 2016",
-                        'residual plain projection', models='resnet32')
+    block: str = option('residual', "ResNet: plain has no shortcut", 'residual plain', models='resnet32')
 
     # Optimizer
     optimizer: str = option('sgd', "sgd has momentum too", 'sgd nesterov adam')

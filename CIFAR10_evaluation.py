@@ -6,10 +6,8 @@
     python CIFAR10_evaluation.py --submit StudentID_Name          StudentID_Name.zip to hand in
 """
 import base64
-import contextlib
 import io
 import json
-import math
 import os
 import platform
 import zipfile
@@ -29,12 +27,12 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 
 from CIFAR10_configuration import (FIELDS, RESULTS, SETTINGS, WORLD_SIZE, Configuration, Parser,
                                    Run, UserError, add_common_options, atomic_write, flag,
                                    print_once, read_runs, run_name, run_script)
-from dataset import CLASSES, data_load, normalize
+from dataset import CLASSES, crop_and_flip, data_load, normalize
 from LeNet5_model import LeNet5_model
 from MLP_model import MLP_model
 from ResNet_model import BLOCKS, ResNet
@@ -147,7 +145,7 @@ def evaluate(model, data):
 
 
 def evaluate_run(run, data_dir, device):
-    """Recompute a run's accuracies from best.pt: evaluation.json, weights.png and mistakes.png.
+    """Recompute a run's accuracy from best.pt: evaluation.json, mistakes.png and images.png.
 
     Returns whether the accuracy is the recorded one, within 0.1 points, as machines round differently.
     """
@@ -163,21 +161,18 @@ def evaluate_run(run, data_dir, device):
     confusion = (labels * 10 + predicted).cpu().bincount(minlength=100).view(10, 10)
     accuracy = confusion.trace().item() / len(labels) * 100
     found = dict(accuracy=accuracy, confusion=confusion.tolist())
-    if config.holdout:
-        # The test images were used to choose neither these weights nor the hyperparameters.
-        _, test_data = data_load(config.dataset, data_dir, device=device)
-        found['test_accuracy'] = evaluate(model, test_data)[1]
-    # The images to whose class it gives the lowest probability
-    hardest = probability[range(len(labels)), labels].argsort()[:8]
-    names = CLASSES[config.dataset]
-    found['mistakes'] = ', '.join(f'{names[predicted[i]]} ({names[labels[i]]})' for i in hardest)
     atomic_write(run.folder / 'evaluation.json', json.dumps(found).encode())
 
-    # The weights of the first layer's units or filters, 32 at most, show what it looks for.
-    weights = next(model.parameters()).detach()[:32]
-    side = math.isqrt(weights[0].numel() // 3)
-    save_images(weights.reshape(-1, 3, side, side), run.folder / 'weights.png')
-    save_images(images[hardest], run.folder / 'mistakes.png')
+    # The images to whose class it gives the lowest probability
+    names = CLASSES[config.dataset]
+    hardest = probability[range(len(labels)), labels].argsort()[:10]
+    plot_images(images[hardest], [f'{names[labels[i]]}\nas {names[predicted[i]]}' for i in hardest],
+                run.folder / 'mistakes.png')
+    # Ten held-out images are one of each class; below them, what augmentation can make of them
+    images, labels = data_load(config.dataset, data_dir, holdout=10, device=device)[1].tensors
+    offsets = torch.arange(20, device=device).view(10, 2) % 9
+    augmented = crop_and_flip(images, offsets, offsets[:, 0] > 3)
+    plot_images(torch.cat([images, augmented]), [names[i] for i in labels], run.folder / 'images.png')
     agree = abs(accuracy - run.accuracy) <= 0.1
     print(f"{run.folder}: {accuracy:.2f} % recomputed, {run.accuracy:.2f} % recorded"
           f"{'' if agree else ', which DIFFER'}.")
@@ -201,18 +196,23 @@ def drop_epochs(run):
             and after.learning_rate < before.learning_rate]
 
 
-def finish(axes, file, title, ylabel, loc='outside lower center', ncols=3, heading=None):
-    """Label a plot over epochs, add a legend, and save it unless another program has the file open."""
-    axes.set(xlabel='epoch', ylabel=ylabel, title=title)
-    axes.locator_params('x', integer=True)  # no epoch 1.5
-    axes.grid(alpha=0.3)
-    axes.figure.legend(loc=loc, ncols=ncols, title=heading)
+def save_figure(figure, file):
+    """Write a figure as PNG, unless another program has the file open."""
     png = io.BytesIO()
-    axes.figure.savefig(png)
+    figure.savefig(png)
     try:
         atomic_write(file, png.getvalue())
     except UserError as error:
         print_once(f"{error}")
+
+
+def finish(axes, file, title, ylabel, **legend):
+    """Label a plot over epochs, add a legend, and save it."""
+    axes.set(xlabel='epoch', ylabel=ylabel, title=title)
+    axes.locator_params('x', integer=True)  # no epoch 1.5
+    axes.grid(alpha=0.3)
+    axes.figure.legend(**legend)
+    save_figure(axes.figure, file)
 
 
 def draw_curve(axes, runs, column, *look, **options):
@@ -230,25 +230,27 @@ def plot_setting(runs, file):
     best = np.mean([(run.best.epoch, run.accuracy) for run in runs], 0)
     axes.plot(*best, 'k*', label='early stopping')
     if drops := drop_epochs(runs[0]):
-        axes.vlines(drops, 0, 105, 'grey', 'dotted', label='learning rate drops')
-    axes.set_ylim(0, 105)  # the settings are compared on one scale
-    finish(axes, file, describe(runs), 'accuracy (%)')
+        axes.vlines(drops, 0, 100, 'grey', 'dotted', label='learning rate drops')
+    # The settings have one scale; a run that learns little has all of it.
+    axes.set_ylim(40 if best[1] > 50 else 0, 100)
+    finish(axes, file, describe(runs), 'accuracy (%)', loc='outside lower center', ncols=2)
 
 
-def plot_group(compared, options, file):
-    """Plot the validation accuracies of several combinations of options.
+def plot_group(curves, varied, file):
+    """Plot validation accuracies: a curve for each list of runs, by its label.
 
-    compared has the runs of a curve, which differ only in their seed, by the values of the options.
+    Returns whether it did so: more curves than six, or of more than two options, would be a tangle.
     """
-    axes = Figure(figsize=(4.7, 2.4)).subplots()
-    colours, dashes = {}, {}
-    for (first, *others), runs in compared.items():
-        # The first option decides the colour, the others decide the dashes.
-        colour = colours.setdefault(first, f'C{len(colours)}')
-        dash = dashes.setdefault(tuple(others), ['-', '--', ':', '-.'][len(dashes) % 4])
-        draw_curve(axes, runs, 'val_accuracy', colour + dash, label=', '.join([first, *others]))
-    finish(axes, file, 'validation accuracy', 'accuracy (%)', 'outside right upper', 1,
-           '\n'.join(options))
+    if not varied:
+        plot_setting(*curves.values(), file)
+    elif len(curves) > 6 or len(varied) > 2:
+        return False
+    else:
+        axes = Figure(figsize=(4.7, 2.4)).subplots()
+        for label, runs in curves.items():
+            draw_curve(axes, runs, 'val_accuracy', label=label)
+        finish(axes, file, 'validation accuracy', 'accuracy (%)', loc='outside right upper')
+    return True
 
 
 def plot_loss(run):
@@ -261,14 +263,18 @@ def plot_loss(run):
     # Thick and thin as in the plot of the accuracy
     draw_curve(axes, [run], 'val_loss', label='validation')
     draw_curve(axes, [run], 'train_loss', 'C0', linewidth=0.6, label='training')
-    finish(axes, run.folder / 'loss.png', run.config.title, 'loss')
+    finish(axes, run.folder / 'loss.png', run.config.title, 'loss', loc='outside lower center', ncols=3)
 
 
-def save_images(images, file):
-    """Write images (N, 3, S, S), each from its lowest value to its highest, eight in a row, as PNG."""
-    # 94 pixels and a border of 2 make a row of eight as wide as a plot.
-    large = torch.nn.functional.interpolate(images.float(), 94)
-    save_image(large, file, normalize=True, scale_each=True, pad_value=1)
+def plot_images(images, titles, file):
+    """Plot uint8 images (N, 3, 32, 32), ten in a row, with a title for each column."""
+    axes = Figure(figsize=(12, 0.5 + len(images) / 9)).subplots()
+    # A border of 2 pixels is around each image.
+    axes.imshow(make_grid(images.cpu(), 10, pad_value=255).permute(1, 2, 0).numpy())
+    axes.set_xticks(range(17, 340, 34), titles)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelleft=False)
+    axes.set_frame_on(False)
+    save_figure(axes.figure, file)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -283,14 +289,13 @@ body { font: 15px/1.4 sans-serif; max-width: 1200px; margin: 2em auto; padding: 
 table { border-collapse: collapse; width: 100%; font-size: 13px }
 td { border: 1px solid #888; padding: 4px; text-align: center }
 thead { background: #eee }
-thead, h1 + p, .slides td:is(:first-child, :last-child), .best:not(:only-child) { font-weight: bold }
+thead, h1 + p, .slides td:is(:first-child, :last-child), .chosen { font-weight: bold }
 p:empty, pre:empty { display: none }
-h1, figure { margin: 0 }
+h1 { margin: 0 }
 h3 { margin: 12px 0 0 } h3 + p { margin: 2px 0 6px } section h2 { margin: 20px 0 8px }
 .small { font-size: 12px } pre { font-size: 11px; white-space: pre-wrap }
 pre, .small { color: #555; margin: 2px 0 }
 img { max-width: 100% }
-figcaption { display: none; font-size: 12px } .pixels figcaption { display: block }
 .row { display: flex; flex-wrap: wrap; gap: 16px; align-items: start; margin-bottom: 4px }
 .slides, .results { overflow-x: auto } /* on a narrow screen */
 /* tables of results: lines only, numbers aligned, a bar from 0 to 100 % behind each accuracy */
@@ -298,14 +303,14 @@ figcaption { display: none; font-size: 12px } .pixels figcaption { display: bloc
 .results table { font-size: 12px; font-variant-numeric: tabular-nums }
 .results td { border-width: 0 0 1px; padding: 3px 4px; text-align: right }
 .results tbody td, .option { white-space: nowrap }
-.results td[style] { background: linear-gradient(90deg, #cfe3f3 var(--bar), transparent 0) content-box;
+.results td[style] { background: linear-gradient(#cfe3f3, #cfe3f3) 0 / var(--bar) no-repeat content-box;
   text-align: left; padding: 2px 3px 2px 9px; print-color-adjust: exact }
 @page { size: A4 landscape; margin: 1cm }
 @media print {
   body { font-size: 11px; margin: 0 } table, .results table { font-size: 9px }
   pre, .small { font-size: 8px } .results td { padding: 1px 4px }
-  h2, h3 { break-after: avoid } section, figure, tr { break-inside: avoid }
-  img { width: auto; max-height: 6.3cm } section img { max-height: 4cm } .pixels img { max-width: 7cm }
+  h2, h3 { break-after: avoid } section, img, tr { break-inside: avoid }
+  img { width: auto; max-height: 6.3cm } section img { max-height: 4cm }
 }
 </style>
 """
@@ -352,18 +357,11 @@ def read_text(file):
         return ''
 
 
-def recomputed(runs, name, kind=float):
-    """What evaluate_run found of that name for each run; () where it has not seen all of them."""
-    with contextlib.suppress(Exception):  # there is no such record, or a damaged one
-        return tuple(kind(json.loads((run.folder / 'evaluation.json').read_text())[name])
-                     for run in runs)
-    return ()
-
-
 def mean_std(numbers):
-    """The mean of numbers as text, with the standard deviation where there are several."""
-    spread = f" ± {stdev(numbers):.2f}" if len(numbers) > 1 else ""
-    return f"{mean(numbers):.2f}{spread}"
+    """Numbers as text: one or two themselves, of more the mean with the standard deviation."""
+    if len(numbers) < 3:
+        return ', '.join(f'{number:.2f}' for number in numbers)
+    return f"{mean(numbers):.2f} ± {stdev(numbers):.2f}"
 
 
 def accuracy_text(runs):
@@ -377,9 +375,14 @@ def html_setting(number, setting, runs):
     if not runs:
         return f"""<tr><td>Setting #{number}</td><td>{setting.title}</td>{'<td></td>' * 12}</tr>"""
     config = runs[0].config
+    # What the table has no column for
+    others = ''.join(f', {name} {config.as_given(name)}'
+                     for name in ('hidden', 'normalization', 'dropout', 'max_norm', 'clip')
+                     if config.model in FIELDS[name].models and getattr(config, name) not in (0, 'none'))
     drops = ', '.join(f'{epoch:.0f}' for epoch in drop_epochs(runs[0]))
+    warmup = f', warmup of {config.warmup:g} epochs' if config.warmup else ''
     return f"""<tr><td>Setting #{number}</td>
-<td>{config.title}</td>
+<td>{config.title}{others}</td>
 <td>{'X' if runs[0].machine.get('device') == 'cpu' else 'O'}</td>
 <td>{config.batch_size}</td>
 <td>{dict(relu='ReLU', elu='ELU').get(config.activation, config.activation)}</td>
@@ -388,28 +391,40 @@ def html_setting(number, setting, runs):
 <td>{config.learning_rate:g}</td>
 <td>{config.momentum:g}</td>
 <td>{config.weight_decay or 'X'}</td>
-<td>{f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay}</td>
+<td>{f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay}{warmup}</td>
 <td>{', '.join(f'{run.last.seconds / 60:.1f}' for run in runs)}</td>
 <td>{', '.join(f'{run.best.epoch:.0f}' for run in runs)}</td>
 <td>{accuracy_text(runs)}</td></tr>"""
+
+
+def html_slides(found):
+    """HTML of the slides' table and answers; found has the runs of the settings by model."""
+    return f"""<div class="slides"><table><thead><tr><td></td><td>Model</td><td>GPU (O/X)</td>
+<td>Batch_size</td><td>Activation function</td><td>Weight initialization</td><td>Optimizer</td>
+<td>Learning rate</td><td>Momentum</td><td>Weight decay</td><td>LR decay</td><td>training time (m)</td>
+<td>Early stopping epoch</td><td>Accuracy</td></tr></thead>
+{''.join(html_setting(number, setting, found.get(setting.model))
+         for number, setting in enumerate(SETTINGS.values(), 1))}</table></div>
+<p class="small">ResNet-32: X1 = 3, X2 = stride, X3 = 1, X4 = 3, X5 = 1, X6 = 1, X7 = 3, X8 = 16, X9 = 3,
+X10 = 1</p>"""
 
 
 def result_row(runs, options=()):
     """What tables say of runs that differ only in their seed: texts, accuracies in percent."""
     config = runs[0].config
     model = build_model(config, torch.device('cpu'))
+    unfinished = key_without_seed(runs[0]).epochs < config.epochs
     return {
         'Model': config.title,
         **{flag(name): config.as_given(name) for name in options},
         'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
         'Seeds': len(runs),
-        '--epochs': f'{mean(len(run.history) for run in runs):g}',
+        '--epochs': f"{mean(len(run.history) for run in runs):g}{', unfinished' if unfinished else ''}",
         'Machine': ', '.join(dict.fromkeys(str(run.machine.get('processor', '')) for run in runs)),
         'Minutes': f'{median(run.last.seconds for run in runs) / 60:.1f}',
         'Validation (%)': tuple(run.accuracy for run in runs),
         'Last epoch (%)': tuple(run.last.val_accuracy for run in runs),
-        'Training (%)': tuple(run.last.train_accuracy for run in runs),
-        'Test (%)': recomputed(runs, 'test_accuracy')
+        'Training (%)': tuple(run.last.train_accuracy for run in runs)
     }
 
 
@@ -420,24 +435,25 @@ def html_cell(value):
     return f'<td>{escape(str(value or ""))}</td>'
 
 
-def html_table(rows, hidden=(), best=None):
-    """HTML of a table of rows, dicts by column, without hidden columns; the best row is bold."""
+def html_table(rows, hidden=(), chosen=()):
+    """HTML of a table of rows, dicts by column, without hidden columns; rows of chosen numbers are bold."""
     columns = [column for column in rows[0] if column not in hidden]
     head = (f'<td class="{"option" if "--" in column else ""}">{column}</td>' for column in columns)
-    lines = (f"""<tr class="{'best' if row is best else ''}">{''.join(
-        html_cell(row[column]) for column in columns)}</tr>""" for row in rows)
+    lines = (f"""<tr class="{'chosen' if number in chosen else ''}">{''.join(
+        html_cell(row[column]) for column in columns)}</tr>""" for number, row in enumerate(rows))
     return f"<table><thead><tr>{''.join(head)}</tr></thead>{''.join(lines)}</table>"
 
 
-def html_comparison(rows):
+def html_comparison(rows, chosen=()):
     """HTML of a table with the columns in which rows differ; what all share stands once below it."""
     # Columns that are empty, or of several rows have the same text; accuracies always stay.
     shared = [column for column, value in rows[0].items()
               if all(row[column] == value for row in rows)
               and (not value or rows[1:] and not isinstance(value, tuple))]
     facts = '; '.join(f'{column}: {rows[0][column]}' for column in shared if rows[0][column])
-    best = max(rows, key=lambda row: mean(row['Validation (%)']))
-    return f"""<div class="results">{html_table(rows, shared, best)}
+    # Minutes are compared on one machine only.
+    hidden = shared if 'Machine' in shared else [*shared, 'Minutes']
+    return f"""<div class="results">{html_table(rows, hidden, chosen)}
 <p class="small">{escape(facts)}</p></div>"""
 
 
@@ -453,9 +469,8 @@ def html_picture(file, words):
         return ''
     png = file.read_bytes()
     # Half as wide as its pixels, whose number PNG has here, as dense screens draw two for one
-    return f"""<figure><img src="data:image/png;base64,{base64.b64encode(png).decode()}"
-width="{int.from_bytes(png[16:20], 'big') // 2}" alt="{escape(words)}">
-<figcaption>{escape(words)}</figcaption></figure>"""
+    return f"""<img src="data:image/png;base64,{base64.b64encode(png).decode()}"
+width="{int.from_bytes(png[16:20], 'big') // 2}" alt="{escape(words)}">"""
 
 
 def html_pictures(shown, name):
@@ -476,17 +491,18 @@ def html_group(folder, group, top):
     if len(options) == 1:
         group = group | {setting: top[setting] for setting in settings if setting in top}
 
-    # A curve and a row for each combination of the values that vary, in their order
+    # The values that vary, in their order; a row and, if they are few, a curve for each combination
     varied = [name for name in ['model', *options]
               if len({getattr(config, name) for config in group}) > 1]
-    order = sorted(group, key=lambda config: [getattr(config, name) for name in varied])
-    compared = {tuple(map(config.as_given, varied)): group[config] for config in order}
-    if varied:
-        plot_group(compared, varied, folder / 'accuracy.png')
-    else:
-        plot_setting(*group.values(), folder / 'accuracy.png')
+    group = dict(sorted(group.items(), key=lambda item: [getattr(item[0], name) for name in varied]))
+    curves = {', '.join(f'{name} {config.as_given(name)}' for name in varied): runs
+              for config, runs in group.items()}
+    drawn = plot_group(curves, varied, folder / 'accuracy.png')
     # What the figure shows, for those who can't see it
-    words = '; '.join(', '.join([*label, describe(runs)]) for label, runs in compared.items())
+    words = '; '.join(f'{label}: {describe(runs)}' for label, runs in curves.items())
+    # Bold is the row in which what varies is as in the setting.
+    chosen = [number for number, config in enumerate(group)
+              if varied and not set(varied) & set(config.differences(SETTINGS[config.model]))]
 
     # A line with the finding, a text, and the commands that train the group
     heading, _, text = read_text(folder / 'README.md').strip().partition('\n')
@@ -494,54 +510,56 @@ def html_group(folder, group, top):
     return f"""<section>
 <h3>{escape(heading.strip('# ') or folder.relative_to(RESULTS).as_posix())}</h3>
 <p>{escape(text)}</p>
-<div class="row">{html_picture(folder / 'accuracy.png', words)}
-{html_comparison([result_row(runs, options) for runs in compared.values()])}</div>
+<div class="row">{html_picture(folder / 'accuracy.png', words) if drawn else ''}
+{html_comparison([result_row(runs, options) for runs in group.values()], chosen)}</div>
 <pre>{escape(commands.replace('    ', ''))}</pre>
 </section>
 """
 
 
-def html_classes(shown):
-    """HTML of a table: how often each setting is right on each class, what the last takes it for."""
-    # The confusion matrix (10, 10) of each setting's first seed, and its rows in percent
-    matrices = [matrix for runs in shown for matrix in recomputed(
-        runs[:1], 'confusion', lambda lists: torch.Tensor(lists).view(10, 10))]
-    if len(matrices) < len(shown):
-        return ''  # not all of them are evaluated yet
-    shares = [matrix / matrix.sum(1, keepdim=True) * 100 for matrix in matrices]
-    names = CLASSES[shown[-1][0].config.dataset]
-    columns = [f'{runs[0].config.title} (%)' for runs in shown]
-    columns += [f'as {name} (%)' for name in names]
-    numbers = torch.column_stack([*map(torch.diag, shares), shares[-1]])
-    return html_table([{'Class': name, **dict(zip(columns, zip(row)))}  # tuples of a single number
-                       for name, row in zip(names, numbers.tolist())])
+def html_classes(runs):
+    """HTML on how often the first of runs is right on each class, and what it takes it for."""
+    # The rows of the confusion matrix in percent
+    try:
+        record = json.loads((runs[0].folder / 'evaluation.json').read_text())
+        matrix = torch.Tensor(record['confusion']).view(10, 10)
+    except Exception:  # there is no such record yet, or a damaged one
+        return ''
+    shares = matrix / matrix.sum(1, keepdim=True) * 100
+    names, title = CLASSES[runs[0].config.dataset], runs[0].config.title
+    # The class that it gets right least often, and what it takes it for most often
+    worst = shares.diag().argmin()
+    first, second = shares[worst].topk(2).indices
+    rows = [{'Class': name, **{f'as {other} (%)': (share,) for other, share in zip(names, line)}}
+            for name, line in zip(names, shares.tolist())]
+    return f"""
+<section><h2>Hardest for {title} is {names[worst]}: {shares[worst, worst]:.1f} % of these images are right;
+it takes them for {names[first]} most often, then for {names[second]}</h2>
+<div class="results">{html_table(rows)}</div>
+<p class="small">Confusion matrix of the first seed: what it takes the images of each class for. Below, the
+images that it is most wrong about.</p>
+{html_picture(runs[0].folder / 'mistakes.png', "Images with what they are and what they are taken for")}
+</section>"""
 
 
 def html_details(shown):
     """HTML on how the settings were measured, how they learned, and where they are wrong."""
-    measured = [result_row(runs) | {'Recomputed (%)': recomputed(runs, 'accuracy')} for runs in shown]
+    rows = [result_row(runs) for runs in shown]
+    lost = max(mean(row['Validation (%)']) - mean(row['Last epoch (%)']) for row in rows)
+    fitted = ', '.join(f"{row['Model']} {mean(row['Training (%)']):.1f} %" for row in rows)
     return f"""
-<section><h2>How the accuracies were measured</h2>
-{html_comparison(measured)}
+<section><h2>The last epoch, which is not chosen, is at most {lost:.1f} points below the best one</h2>
+{html_comparison(rows)}
 <p class="small">Validation: accuracy in the best epoch (early stopping), on the test images, or with
 --holdout on so many training images that were held out. Training: while it learns, in the last epoch, on
-the augmented images and with dropout, so that it can be lower. Recomputed: from the best weights. Of
-several seeds the mean ± standard deviation and the median of the minutes.</p></section>
-<section><h2>How the models learned, and what their first layers look for</h2>
-<div class="row">{html_pictures(shown, 'loss')}</div>
-<p class="small">Above, the losses and the learning rate. Below, the weights of the first layer as pictures,
-red, green and blue: a unit of an MLP looks at a whole image, a filter of a convolution at a few pixels,
-everywhere in the image. Each picture goes from its lowest weight to its highest; a black one has no weights
-left.</p>
-<div class="row pixels">{html_pictures(shown, 'weights')}</div></section>
-<section><h2>Which classes are hard</h2>
-<p class="small">The share of each class that the first seed of each model gets right, and, in the columns
-"as", what {shown[-1][0].config.title} takes the class for (confusion matrix)</p>
-<div class="results">{html_classes(shown)}</div>
-<div class="row pixels">{html_pictures(shown[-1:], 'mistakes')}</div>
-<p class="small">What it takes them for (and what they are):
-{escape(''.join(recomputed(shown[-1][:1], 'mistakes', str)))}</p>
+the augmented images and with dropout, so that it can be lower. Of three seeds or more the mean ± standard
+deviation. In the tables below the rows are bold in which what varies is as in the setting.</p></section>
+<section><h2>Training images that are right in the last epoch: {fitted}</h2>
+<div class="row">{html_pictures(shown, 'loss')}</div></section>
+<section><h2>The images, and what augmentation makes of them</h2>
+{html_picture(shown[-1][0].folder / 'images.png', "An image of each class, cropped and flipped below")}
 </section>
+{html_classes(shown[-1])}
 """
 
 
@@ -565,14 +583,9 @@ def write_report():
     summary = read_text(RESULTS / 'README.md').split('\n\n')
     atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}
 <h1>CIFAR-10 Evaluation Report</h1>
-<p>Validation accuracy, of several seeds the mean ± standard deviation:
+<p>Validation accuracy, of three seeds the mean ± standard deviation:
 {', '.join(f"{runs[0].config.title} {accuracy_text(runs)}" for runs in shown) or 'see below'}</p>
-<div class="slides"><table><thead><tr><td></td><td>Model</td><td>GPU (O/X)</td><td>Batch_size</td>
-<td>Activation function</td><td>Weight initialization</td><td>Optimizer</td><td>Learning rate</td>
-<td>Momentum</td><td>Weight decay</td><td>LR decay</td><td>training time (m)</td>
-<td>Early stopping epoch</td><td>Accuracy</td></tr></thead>
-{''.join(html_setting(number, setting, found.get(setting.model))
-         for number, setting in enumerate(settings, 1))}</table></div>
+{html_slides(found)}
 {'<h2>Validation dataset accuracy plot</h2>' if shown else ''}
 <div class="row">{html_pictures(shown, 'accuracy')}</div>
 <p class="small">{escape('; '.join(dict.fromkeys(repeated)))}</p>
@@ -611,19 +624,20 @@ def predict_pictures(names, weights, model, classes, device):
 
 
 def submit(name):
-    """Write <name>.zip with the whole code and the report."""
-    root = Path(__file__).parent
+    """Write <name>.zip, in which the README's commands work: code, records, figures, report, weights."""
     content = io.BytesIO()
+    # In a folder of that name; what editors keep in hidden files stays out.
+    code = ('[!.]*.py [!.]*.md requirements.txt pyproject.toml LICENSE dataset/[!.]*.py tests/[!.]*.py '
+            '.gitignore .ci/run')
+    # Of the weights those that the evaluation measures
+    records = ' '.join(f'results/**/[!.]*.{kind}' for kind in 'md json csv png html'.split())
     # Files of a date that a zip can't have get the nearest one.
     with zipfile.ZipFile(content, 'w', zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
-        # In a folder of that name; what editors keep in hidden files stays out.
-        for pattern in ('[!.]*.py README.md requirements.txt pyproject.toml LICENSE dataset/[!.]*.py '
-                        'tests/[!.]*.py').split():
-            for part in sorted(root.glob(pattern)):
-                archive.write(part, f'{name}/{part.relative_to(root)}')
-        archive.write(RESULTS / 'report.html', f'{name}/report.html')
+        for root, patterns in (Path(__file__).parent, code), (Path(), f'{records} results/*/best.pt'):
+            for file in sorted(file for pattern in patterns.split() for file in root.glob(pattern)):
+                archive.write(file, name / file.relative_to(root))
     atomic_write(Path(f'{name}.zip'), content.getvalue())
-    print(f"{name}.zip holds the code and the report.")
+    print(f"{name}.zip holds the code, the records, the report and the weights.")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from CIFAR10_configuration import (RANK, RESULTS, WORLD_SIZE, Configuration, Epoch, Run, UserError,
-                                   atomic_write, flag, lock, parse_configuration, print_once,
+                                   atomic_write, flag, lock, parse_configuration,
                                    read_runs, run_script)
 from CIFAR10_evaluation import (build_model, choose_device, cpu_capabilities, describe_machine,
                                 evaluate, evaluate_and_report, load_file)
@@ -102,12 +102,9 @@ def save_checkpoint(run, model, optimizer):
 
 def read_checkpoint(folder):
     """What last.pt holds, if the run is unfinished; else None."""
-    file = folder / 'last.pt'
-    # By an empty file `reported` earlier versions said that nothing is left to do.
-    if not file.exists() or (folder / 'reported').exists():
-        return None
-    checkpoint = load_file(file)
-    return checkpoint if 'optimizer' in checkpoint else None
+    if (folder / 'last.pt').exists():
+        checkpoint = load_file(folder / 'last.pt')
+        return checkpoint if 'optimizer' in checkpoint else None
 
 
 @contextlib.contextmanager
@@ -186,13 +183,10 @@ def print_step(config, epoch, step, steps, loss, rate, seconds):
 
 
 def print_epoch(run):
-    """Print the results of the last epoch and of the best one, and advice where nothing is learned."""
+    """Print the results of the last epoch and of the best one."""
     print_progress(f"epoch {run.last.epoch}/{run.config.epochs}  train loss {run.last.train_loss:.3f}  "
                    f"validation accuracy {run.last.val_accuracy:.2f} %  best {run.accuracy:.2f} % "
                    f"(epoch {run.best.epoch})", done=True)
-    if run.last.epoch >= 3 and max(row.train_accuracy for row in run.history[-3:]) < 11:
-        print_once("Three epochs were no better than chance, 10 %: usually a --learning-rate ten times "
-                   "smaller or larger helps, or --activation relu for MLP and LeNet-5.")
 
 
 def print_end(run):

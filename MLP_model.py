@@ -1,12 +1,13 @@
 """A multi-layer perceptron, and the activations and weight initializations that it shares with LeNet-5."""
+import torch
 from torch import nn
 
 
 class Maxout(nn.Module):
-    """max(w1 x + b1, w2 x + b2): the layer before gives the two in turn, (N, 2 C, ...) -> (N, C, ...)."""
+    """max(w1 x + b1, w2 x + b2): the layer before gives the two as halves, (N, 2 C, ...) -> (N, C, ...)."""
 
     def forward(self, x):
-        return x.unflatten(1, (-1, 2)).amax(2)
+        return torch.maximum(*x.chunk(2, 1))
 
 
 # The activation functions of the slides, by name.

@@ -31,7 +31,6 @@ class ResidualBlock(nn.Module):
 
     (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)
     """
-    Shortcut = IdentityPadding  # where the shape changes
 
     def __init__(self, in_channels, out_channels, stride=1, down_sample=False):
         super().__init__()
@@ -49,7 +48,8 @@ class ResidualBlock(nn.Module):
                                bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
-        self.down_sample = self.Shortcut(in_channels, out_channels, stride) if down_sample else None
+        # Where the shape changes, the shortcut has to follow.
+        self.down_sample = IdentityPadding(in_channels, out_channels, stride) if down_sample else None
 
     def forward(self, x):
         shortcut = x
@@ -68,19 +68,6 @@ class ResidualBlock(nn.Module):
         return x
 
 
-class Projection(nn.Sequential):
-    """Shortcut where the shape changes, with weights (option B): a 1x1 convolution and batch norm."""
-
-    def __init__(self, in_channels, out_channels, stride):
-        super().__init__(nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
-                         nn.BatchNorm2d(out_channels))
-
-
-class ProjectionBlock(ResidualBlock):
-    """A ResidualBlock with a projection where the shape changes."""
-    Shortcut = Projection
-
-
 class PlainBlock(ResidualBlock):
     """A ResidualBlock without its shortcut: relu(f(x))."""
 
@@ -89,7 +76,7 @@ class PlainBlock(ResidualBlock):
         return self.relu(self.bn2(self.conv2(x)))
 
 
-BLOCKS = {'residual': ResidualBlock, 'projection': ProjectionBlock, 'plain': PlainBlock}
+BLOCKS = {'residual': ResidualBlock, 'plain': PlainBlock}
 
 
 class ResNet(nn.Module):

@@ -4,6 +4,7 @@ import re
 import shutil
 import statistics
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 import torch
 from conftest import killed, rows, script, use_few_images
 from matplotlib.figure import Figure
-from PIL import Image
 from test_evaluation import read_report, record
+from torchvision.transforms import Normalize
+from torchvision.transforms.functional import crop, hflip, pad
 
 import CIFAR10_evaluation
 from CIFAR10_configuration import SETTINGS, Epoch, Run
+from dataset import synthetic
+from LeNet5_model import LeNet5_model
 
 SMALL = 'CIFAR10_train.py --model mlp --hidden 8 --dataset synthetic --epochs 2'
 ACT = f'{SMALL} --batch-size 10 --name act --activation tanh relu --seed 0 1'
@@ -64,16 +68,16 @@ def test_several_values_of_an_option_become_a_section_that_compares_them(copied,
                   'Last epoch (%)': [seed[-1].val_accuracy for seed in seeds],
                   'Training (%)': [seed[-1].train_accuracy for seed in seeds]}
         for column, numbers in values.items():
-            mean, deviation = map(float, re.fullmatch(r'([\d.]+) ± ([\d.]+)', row[column]).groups())
-            assert mean == pytest.approx(statistics.mean(numbers), abs=0.006)
-            assert deviation == pytest.approx(statistics.stdev(numbers), abs=0.006)
+            assert row[column] == ', '.join(f'{number:.2f}' for number in numbers)  # no deviation of two
     parameters = (3072 + 1) * 8 + 2 * 8 + (8 + 1) * 10
     for text in 'Model: MLP (NOT CIFAR-10)', f'Parameters: {parameters:,}', '--epochs: 2', 'Seeds: 2':
         assert text in found.shared and text.split(': ')[0] not in found.rows[0]
-    # The best row is bold, and a bar as long as its mean
-    bars = dict(re.findall(r'<tr class="(.*?)">.*?"--bar: ([\d.]+)%"', found.html))
-    means = [float(row['Validation (%)'].split(' ±')[0]) for row in found.rows]
-    assert [float(bars['best']), float(bars[''])] == sorted(means, reverse=True)
+    # The setting's row is bold, and each bar as long as the mean
+    bars = re.findall(r'<tr class="(.*?)">.*?"--bar: ([\d.]+)%"', found.html)
+    assert [kind for kind, _ in bars] == ['chosen', '']
+    for (_, bar), row in zip(bars, found.rows):
+        assert float(bar) == pytest.approx(
+            statistics.mean(map(float, row['Validation (%)'].split(', '))), abs=0.011)
 
 
 def test_a_killed_group_goes_on_in_the_run_that_it_was_at(group, tmp_path, few_images):
@@ -168,18 +172,29 @@ def drawn(monkeypatch):
     return found
 
 
-def test_curves_are_means_over_the_seeds_in_the_first_options_colour_and_the_others_dashes(drawn, tmp_path):
-    compared = {('relu', 'he'): SEEDS, ('relu', 'xavier'): [run([50, 60])], ('tanh', 'he'): [run([5, 6])]}
-    CIFAR10_evaluation.plot_group(compared, ['activation', 'initialization'], tmp_path / 'accuracy.png')
+def test_a_group_is_drawn_as_means_over_the_seeds_each_with_a_colour_and_a_label(drawn, tmp_path):
+    curves = {'activation relu': SEEDS, 'activation elu': [run([50, 60])]}
+    CIFAR10_evaluation.plot_group(curves, ['activation'], tmp_path / 'accuracy.png')
     [axes], [legend] = drawn[0].axes, drawn[0].legends
-    one, two, three = axes.lines
+    one, two = axes.lines
     np.testing.assert_allclose(one.get_xydata(), [[1, 15], [2, 35], [3, 40]])
     np.testing.assert_allclose(two.get_xydata(), [[1, 50], [2, 60]])
-    assert one.get_color() == two.get_color() != three.get_color()
-    assert one.get_linestyle() == three.get_linestyle() != two.get_linestyle()
-    assert [text.get_text() for text in legend.texts] == ['relu, he', 'relu, xavier', 'tanh, he']
-    assert legend.get_title().get_text() == 'activation\ninitialization'
+    assert one.get_color() != two.get_color()
+    assert [text.get_text() for text in legend.texts] == list(curves)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ('epoch', 'accuracy (%)')
+
+
+@pytest.mark.parametrize('counts, figures', [((6,), 1), ((7,), 0), ((2, 3), 1), ((2, 2, 2), 0), ((1, 1), 1)])
+def test_a_group_of_many_curves_is_a_table_alone(counts, figures, tmp_path):
+    for values in product(*map(range, counts)):
+        changes = dict(zip(('warmup', 'clip', 'weight_decay'), map(float, values)), epochs=1, gamma=0.5)
+        record(tmp_path / 'results' / 'g' / '-'.join(map(str, values)),
+               replace(SETTINGS['lenet5'], **changes), [50.0])
+    script(tmp_path, 'CIFAR10_evaluation.py')
+    assert section(tmp_path, 'g').html.count('<img ') == figures
+    if figures and max(counts) > 1:
+        words = re.search('alt="(.*?)"', section(tmp_path, 'g').html)[1]
+        assert all(f'{name} 1' in words for name, count in zip(('warmup', 'clip'), counts) if count > 1)
 
 
 def test_a_settings_figures_show_accuracies_early_stopping_losses_and_learning_rate(drawn, tmp_path):
@@ -192,7 +207,7 @@ def test_a_settings_figures_show_accuracies_early_stopping_losses_and_learning_r
     np.testing.assert_allclose(training.get_xydata(), [[1, 16], [2, 36], [3, 41]])
     np.testing.assert_allclose(star.get_xydata(), [[3, 50]])  # the mean of 30 % at 2 and of 70 % at 4
     [[[x, _], _]] = axes.collections[-1].get_segments()
-    assert 2 <= x < 3 and axes.get_ylim() == (0, 105)  # the settings have one scale
+    assert 2 <= x < 3 and axes.get_ylim() == (0, 100)
     assert axes.get_legend_handles_labels()[1] == ['validation', 'training', 'early stopping',
                                                    'learning rate drops']
     assert axes.get_title() == 'LeNet-5: 50.0 % in 3 epochs'
@@ -201,13 +216,26 @@ def test_a_settings_figures_show_accuracies_early_stopping_losses_and_learning_r
     assert (left.get_ylabel(), right.get_ylabel()) == ('loss', 'learning rate') and len(right.lines) == 1
 
 
-@pytest.mark.parametrize('model, side', [('mlp', 32), ('lenet5', 5), ('resnet32', 3)])
-def test_the_first_layers_weights_are_pictures_from_their_lowest_to_their_highest(model, side, trained):
-    folder = trained[0] / 'results' / model
-    first = next(iter(torch.load(folder / 'best.pt')['model_state_dict'].values()))
-    weights = first.reshape(-1, 3, side, side)[1]  # the second one is the second picture in the first row
-    picture = np.asarray(Image.open(folder / 'weights.png'))[2:96, 98:192]
-    for y, x in (0, 0), (side - 1, 0), (side // 2, side - 1):
-        place = (int((y + 0.5) * 94 / side), int((x + 0.5) * 94 / side))
-        wanted = (weights[:, y, x] - weights.min()) / (weights.max() - weights.min()) * 255
-        np.testing.assert_allclose(picture[place], wanted, atol=2)
+def test_the_images_are_one_of_each_class_and_their_crops_and_hardest_are_those_least_believed(
+        trained, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(CIFAR10_evaluation, 'plot_images',
+                        lambda images, titles, file: drawn.update({file.name: (images, titles)}))
+    shutil.copytree(trained[0] / 'results', tmp_path / 'results')
+    assert script(tmp_path, 'CIFAR10_evaluation.py --name lenet5').returncode == 0
+    (images, titles), (mistakes, pairs) = drawn['images.png'], drawn['mistakes.png']
+    training, labels = synthetic.generate(True)
+    for image, augmented, title in zip(images[:10], images[10:], synthetic.CLASSES, strict=True):
+        [i] = (training == image).flatten(1).all(1).nonzero().flatten()
+        assert synthetic.CLASSES[labels[i]] == title == titles[labels[i]]
+        crops = [crop(pad(image, [4] * 4), top, left, 32, 32) for top in range(9) for left in range(9)]
+        assert any(torch.equal(augmented, shown) for one in crops for shown in (one, hflip(one)))
+    model = LeNet5_model('maxout')
+    model.load_state_dict(torch.load(tmp_path / 'results' / 'lenet5' / 'best.pt')['model_state_dict'])
+    test, labels = synthetic.generate(False)
+    logits = model(Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))(test / 255))
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction='none')
+    hardest = losses.argsort(descending=True)[:10]
+    assert torch.equal(mistakes, test[hardest])
+    names = synthetic.CLASSES
+    assert pairs == [f'{names[labels[i]]}\nas {names[logits[i].argmax()]}' for i in hardest]

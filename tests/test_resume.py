@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_or_one_of_another_network_is_named_and_kept(change
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(errno.ENOSPC, 'full')])
-@pytest.mark.parametrize('moment', ['load_model', 'save_images', 'plot_setting', 'write_report'])
+@pytest.mark.parametrize('moment', ['load_model', 'plot_images', 'plot_setting', 'write_report'])
 def test_a_run_is_finished_once_it_is_evaluated_and_reported(moment, error, unfinished, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f'CIFAR10_evaluation.{moment}', refusing(error))
@@ -162,13 +162,6 @@ def test_a_run_is_finished_once_it_is_evaluated_and_reported(moment, error, unfi
     assert 'optimizer' not in torch.load(unfinished / 'last.pt')
     script(tmp_path, COMMAND)  # from now on it is a rerun
     assert len(rows(tmp_path / 'results' / 'mlp-2')) == 2
-
-
-def test_a_run_that_an_earlier_version_reported_is_finished(unfinished, tmp_path):
-    (unfinished / 'reported').touch()
-    before = content(unfinished)
-    assert script(tmp_path, COMMAND).returncode == 0 and len(rows(tmp_path / 'results' / 'mlp-2')) == 2
-    assert before == {file: file.read_bytes() for file in before}
 
 
 def test_a_finished_run_stays_as_it_is_whatever_the_options(tmp_path, few_images):
