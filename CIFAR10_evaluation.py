@@ -67,10 +67,10 @@ def cpu_capabilities():
 
 def describe_machine(device, precision):
     """What the report says of the machine."""
-    processor = cpu_capabilities().get('cpu_name', platform.machine())
     # On machines that differ in this, results differ a little.
     return dict(device=device.type,
-                processor=torch.cuda.get_device_name() if device.type == 'cuda' else processor,
+                processor=(torch.cuda.get_device_name() if device.type == 'cuda' else
+                           cpu_capabilities().get('cpu_name', platform.machine())),
                 instructions=torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512, ...
                 threads=torch.get_num_threads(),
                 processes=WORLD_SIZE,
@@ -160,8 +160,8 @@ def evaluate_run(run, data_dir, device):
     # Confusion matrix: a row for each true class, with the number that is taken for each class
     confusion = (labels * 10 + predicted).cpu().bincount(minlength=100).view(10, 10)
     accuracy = confusion.trace().item() / len(labels) * 100
-    found = dict(accuracy=accuracy, confusion=confusion.tolist())
-    atomic_write(run.folder / 'evaluation.json', json.dumps(found).encode())
+    record = json.dumps(dict(accuracy=accuracy, confusion=confusion.tolist()))
+    atomic_write(run.folder / 'evaluation.json', record.encode())
 
     # The images to whose class it gives the lowest probability
     names = CLASSES[config.dataset]
@@ -271,7 +271,7 @@ def plot_images(images, titles, file):
     axes = Figure(figsize=(12, 0.5 + len(images) / 9)).subplots()
     # A border of 2 pixels is around each image.
     axes.imshow(make_grid(images.cpu(), 10, pad_value=255).permute(1, 2, 0).numpy())
-    axes.set_xticks(range(17, 340, 34), titles)
+    axes.set_xticks(range(17, 34 * len(titles), 34), titles)
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelleft=False)
     axes.set_frame_on(False)
     save_figure(axes.figure, file)
@@ -366,8 +366,7 @@ def mean_std(numbers):
 
 def accuracy_text(runs):
     """The accuracy of runs that differ only in their seed."""
-    seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
-    return f"{mean_std([run.accuracy for run in runs])} %{seeds}"
+    return f"{mean_std([run.accuracy for run in runs])} %{f' ({len(runs)} seeds)' if len(runs) > 1 else ''}"
 
 
 def html_setting(number, setting, runs):
