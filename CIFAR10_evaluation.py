@@ -56,7 +56,7 @@ def choose_device(name='auto'):
         if int(os.environ['LOCAL_WORLD_SIZE']) > gpus:
             raise UserError(f"There are more processes than GPUs: start {gpus} with --nproc-per-node {gpus}.")
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        torch.backends.cudnn.allow_tf32 = False  # float32 is float32
+        torch.backends.cudnn.allow_tf32 = False  # which rounds float32 more coarsely
     return torch.device(name)
 
 
@@ -66,7 +66,7 @@ def cpu_capabilities():
 
 
 def describe_machine(device, precision):
-    """What the report says of the machine."""
+    """What is recorded of the machine."""
     # On machines that differ in this, results differ a little.
     return dict(device=device.type,
                 processor=(torch.cuda.get_device_name() if device.type == 'cuda' else
@@ -117,7 +117,7 @@ def load_model(file, name, device):
     try:
         keys = ('model_state_dict', 'state_dict', 'net')
         state = next((saved[key] for key in keys if key in saved), saved)
-        # DataParallel puts a word before each name.
+        # DataParallel puts 'module.' before each name.
         model.load_state_dict({key.removeprefix('module.'): tensor for key, tensor in state.items()})
     except Exception as error:  # whatever a file without a state dict makes it raise, too
         # PyTorch's second line is the first complaint, of which the first name is enough.
@@ -168,7 +168,7 @@ def evaluate_run(run, data_dir, device):
     hardest = probability[range(len(labels)), labels].argsort()[:10]
     plot_images(images[hardest], [f'{names[labels[i]]}\nas {names[predicted[i]]}' for i in hardest],
                 run.folder / 'mistakes.png')
-    # Ten held-out images are one of each class; below them, what augmentation can make of them
+    # Ten held-out images are one of each class; below them fixed crops of them, about half of them flipped
     images, labels = data_load(config.dataset, data_dir, holdout=10, device=device)[1].tensors
     offsets = torch.arange(20, device=device).view(10, 2) % 9
     augmented = crop_and_flip(images, offsets, offsets[:, 0] > 3)
@@ -197,7 +197,7 @@ def drop_epochs(run):
 
 
 def save_figure(figure, file):
-    """Write a figure as PNG, unless another program has the file open."""
+    """Write a figure as PNG; where that can't be, as another program has the file open, say so."""
     png = io.BytesIO()
     figure.savefig(png)
     try:
@@ -223,7 +223,7 @@ def draw_curve(axes, runs, column, *look, **options):
 
 
 def plot_setting(runs, file):
-    """Plot the accuracies of runs that differ only in their seed, early stopping and drops."""
+    """Plot accuracies, early stopping and learning rate drops; the runs differ only in their seed."""
     axes = Figure(figsize=(4, 3.3)).subplots()
     draw_curve(axes, runs, 'val_accuracy', label='validation')
     draw_curve(axes, runs, 'train_accuracy', 'C0', linewidth=0.6, label='training')
@@ -231,7 +231,7 @@ def plot_setting(runs, file):
     axes.plot(*best, 'k*', label='early stopping')
     if drops := drop_epochs(runs[0]):
         axes.vlines(drops, 0, 100, 'grey', 'dotted', label='learning rate drops')
-    # The settings have one scale; a run that learns little has all of it.
+    # The settings are compared on one scale; a run that learns little needs all of it.
     axes.set_ylim(40 if best[1] > 50 else 0, 100)
     finish(axes, file, describe(runs), 'accuracy (%)', loc='outside lower center', ncols=2)
 
@@ -317,8 +317,10 @@ img { max-width: 100% }
 
 
 def key_without_seed(run):
-    """What runs that differ only in their seed have in common: a configuration with seed 0."""
-    # One that was interrupted is another run than one of full length: it has the epochs so far.
+    """What runs that differ only in their seed have in common: a configuration with seed 0.
+
+    An unfinished run, that did not stop early either, is no seed of a whole one: it has its epochs so far.
+    """
     stopped_early = run.epochs_since_best >= run.config.patience
     return replace(run.config, seed=0, epochs=run.config.epochs if stopped_early else len(run.history))
 
@@ -327,21 +329,21 @@ def group_runs():
     """Read all runs below results/, and put those that differ only in their seed into one list.
 
     Returns groups[folder][configuration], the lists; groups[RESULTS] has the seeds of the settings,
-    wherever they lie. And texts: a run that repeats an earlier one with its seed is only told.
+    wherever they lie. And texts: a run that repeats an earlier one with its seed is only mentioned.
     """
     groups, repeated = defaultdict(lambda: defaultdict(list)), []
     for run in sorted(read_runs('*/**'), key=lambda run: run.folder.parent):
         key = key_without_seed(run)
         group = run.folder.parent
+        # A run of a setting belongs to the setting, too.
         for folder in {group, RESULTS if key in SETTINGS.values() else group}:
             runs = groups[folder][key]
-            for first in runs:
-                if first.config.seed == run.config.seed:
-                    repeated.append(f"{run.folder} repeats {first.folder}: {run.accuracy:.2f} % "
-                                    f"({run.accuracy - first.accuracy:+.2f})")
-                    print_once(repeated[-1])
-                    break
-            else:  # none has this seed yet
+            first = next((first for first in runs if first.config.seed == run.config.seed), None)
+            if first:
+                repeated.append(f"{run.folder} repeats {first.folder}: {run.accuracy:.2f} % "
+                                f"({run.accuracy - first.accuracy:+.2f})")
+                print_once(repeated[-1])
+            else:
                 runs.append(run)
     if not groups:
         raise UserError(f"There are no readable runs in {RESULTS.absolute()}: train one, or go to them.")
@@ -429,13 +431,13 @@ def result_row(runs, options=()):
 
 def html_cell(value):
     """HTML of a table's cell: a text, or a tuple of accuracies in percent, before a bar."""
-    if value and isinstance(value, tuple):
+    if isinstance(value, tuple):
         return f'<td style="--bar: {mean(value):.2f}%">{mean_std(value)}</td>'
-    return f'<td>{escape(str(value or ""))}</td>'
+    return f'<td>{escape(str(value))}</td>'
 
 
 def html_table(rows, hidden=(), chosen=()):
-    """HTML of a table of rows, dicts by column, without hidden columns; rows of chosen numbers are bold."""
+    """HTML of a table of rows, dicts by column, without hidden columns; rows in chosen, numbers, are bold."""
     columns = [column for column in rows[0] if column not in hidden]
     head = (f'<td class="{"option" if "--" in column else ""}">{column}</td>' for column in columns)
     lines = (f"""<tr class="{'chosen' if number in chosen else ''}">{''.join(
@@ -451,7 +453,7 @@ def html_comparison(rows, chosen=()):
               and (not value or rows[1:] and not isinstance(value, tuple))]
     facts = '; '.join(f'{column}: {rows[0][column]}' for column in shared if rows[0][column])
     # Minutes are compared on one machine only.
-    hidden = shared if 'Machine' in shared else [*shared, 'Minutes']
+    hidden = shared if len({row['Machine'] for row in rows}) == 1 else [*shared, 'Minutes']
     return f"""<div class="results">{html_table(rows, hidden, chosen)}
 <p class="small">{escape(facts)}</p></div>"""
 
@@ -459,7 +461,7 @@ def html_comparison(rows, chosen=()):
 def describe(runs):
     """Model, accuracy and epochs of runs that differ only in their seed."""
     return (f"{runs[0].config.title}: {mean(run.accuracy for run in runs):.1f} % "
-            f"in {len(runs[0].history)} epochs")
+            f"in {mean(len(run.history) for run in runs):g} epochs")
 
 
 def html_picture(file, words):
@@ -467,7 +469,7 @@ def html_picture(file, words):
     if not file.exists():
         return ''
     png = file.read_bytes()
-    # Half as wide as its pixels, whose number PNG has here, as dense screens draw two for one
+    # Bytes 16 to 19 of a PNG are its width in pixels; it is shown at half of that, sharp on dense screens.
     return f"""<img src="data:image/png;base64,{base64.b64encode(png).decode()}"
 width="{int.from_bytes(png[16:20], 'big') // 2}" alt="{escape(words)}">"""
 
@@ -501,7 +503,7 @@ def html_group(folder, group, top):
     words = '; '.join(f'{label}: {describe(runs)}' for label, runs in curves.items())
     # Bold is the row in which what varies is as in the setting.
     chosen = [number for number, config in enumerate(group)
-              if varied and not set(varied) & set(config.differences(SETTINGS[config.model]))]
+              if varied and set(varied).isdisjoint(config.differences(SETTINGS[config.model]))]
 
     # A line with the finding, a text, and the commands that train the group
     heading, _, text = read_text(folder / 'README.md').strip().partition('\n')
@@ -517,7 +519,7 @@ def html_group(folder, group, top):
 
 
 def html_classes(runs):
-    """HTML on how often the first of runs is right on each class, and what it takes it for."""
+    """HTML on what share of each class the first of runs takes for each class."""
     # The rows of the confusion matrix in percent
     try:
         record = json.loads((runs[0].folder / 'evaluation.json').read_text())
@@ -526,14 +528,14 @@ def html_classes(runs):
         return ''
     shares = matrix / matrix.sum(1, keepdim=True) * 100
     names, title = CLASSES[runs[0].config.dataset], runs[0].config.title
-    # The class that it gets right least often, and what it takes it for most often
+    # The class of which fewest images are right, and the wrong class that most of it are taken for
     worst = shares.diag().argmin()
-    first, second = shares[worst].topk(2).indices
+    wrong = shares.clone().fill_diagonal_(0)[worst]
     rows = [{'Class': name, **{f'as {other} (%)': (share,) for other, share in zip(names, line)}}
             for name, line in zip(names, shares.tolist())]
     return f"""
 <section><h2>Hardest for {title} is {names[worst]}: {shares[worst, worst]:.1f} % of these images are right;
-it takes them for {names[first]} most often, then for {names[second]}</h2>
+{wrong.max():.1f} % are taken for {names[wrong.argmax()]}</h2>
 <div class="results">{html_table(rows)}</div>
 <p class="small">Confusion matrix of the first seed: what it takes the images of each class for. Below, the
 images that it is most wrong about.</p>
@@ -582,7 +584,7 @@ def write_report():
     summary = read_text(RESULTS / 'README.md').split('\n\n')
     atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}
 <h1>CIFAR-10 Evaluation Report</h1>
-<p>Validation accuracy, of three seeds the mean ± standard deviation:
+<p>Validation accuracy, of three seeds or more the mean ± standard deviation:
 {', '.join(f"{runs[0].config.title} {accuracy_text(runs)}" for runs in shown) or 'see below'}</p>
 {html_slides(found)}
 {'<h2>Validation dataset accuracy plot</h2>' if shown else ''}
@@ -608,7 +610,7 @@ def read_picture(file):
 
 
 def predict_pictures(names, weights, model, classes, device):
-    """Print the class of each picture and its probability, by a model and the file of its weights."""
+    """Print the class of each picture and its probability, by a model whose weights are of that file."""
     for name in names:
         # Windows leaves it to the program to find the files that *.jpg means.
         for file in [name] if os.path.exists(name) else sorted(glob(name)) or [name]:
@@ -628,10 +630,10 @@ def submit(name):
     # In a folder of that name; what editors keep in hidden files stays out.
     code = ('[!.]*.py [!.]*.md requirements.txt pyproject.toml LICENSE dataset/[!.]*.py tests/[!.]*.py '
             '.gitignore .ci/run')
-    # Of the weights those that the evaluation measures
     records = ' '.join(f'results/**/[!.]*.{kind}' for kind in 'md json csv png html'.split())
     # Files of a date that a zip can't have get the nearest one.
     with zipfile.ZipFile(content, 'w', zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        # Of the weights only those that the evaluation measures
         for root, patterns in (Path(__file__).parent, code), (Path(), f'{records} results/*/best.pt'):
             for file in sorted(file for pattern in patterns.split() for file in root.glob(pattern)):
                 archive.write(file, name / file.relative_to(root))
@@ -664,7 +666,7 @@ def parse_options():
     """The options of this script."""
     parser = Parser(allow_abbrev=False, usage="""python CIFAR10_evaluation.py [OPTION VALUE ...]
 
-  Recompute the accuracies of the runs right in results/ and write results/report.html:
+  Recompute the accuracies of the runs directly in results/ and write results/report.html:
     python CIFAR10_evaluation.py
   Print the class of any picture:
     python CIFAR10_evaluation.py --predict cat.jpg dog.png""")

@@ -8,10 +8,7 @@ from MLP_model import ACTIVATIONS, initialize
 class LeNet5_model(nn.Module):
     """Two convolutions and three linear layers; images (N, 3, 32, 32) -> logits (N, 10).
 
-    It has 62,006 parameters, with maxout 123,162.
-
-    As the activations are increasing, and maxout is a maximum itself, pooling before them gives the same as
-    after them, for a quarter of the work. LeCun et al. 1998 pool before them too, but take averages.
+    It has 62,006 parameters; with maxout 123,162, as each layer but the last has twice the outputs.
     """
 
     def __init__(self, activation='relu', initialization='he_normal'):
@@ -26,6 +23,8 @@ class LeNet5_model(nn.Module):
         initialize(self, initialization)
 
     def forward(self, x):
+        # Pooling comes before the activation, for a quarter of the work: as activations increase, and maxout
+        # is a maximum itself, the result is the same. Shapes with maxout's doubled outputs left out:
         # [3, 32, 32] -> [6, 28, 28] -> [6, 14, 14]
         x = self.activation(F.max_pool2d(self.conv1(x), 2))
         # [6, 14, 14] -> [16, 10, 10] -> [16, 5, 5]

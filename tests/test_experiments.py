@@ -210,7 +210,7 @@ def test_a_settings_figures_show_accuracies_early_stopping_losses_and_learning_r
     assert 2 <= x < 3 and axes.get_ylim() == (0, 100)
     assert axes.get_legend_handles_labels()[1] == ['validation', 'training', 'early stopping',
                                                    'learning rate drops']
-    assert axes.get_title() == 'LeNet-5: 50.0 % in 3 epochs'
+    assert axes.get_title() == 'LeNet-5: 50.0 % in 3.5 epochs'
     found = {line.get_label(): list(line.get_ydata()) for line in [*left.lines, *right.lines]}
     assert found == {'validation': [2, 1, 0], 'training': [3, 2, 1], 'learning rate': [0.1, 0.1, 0.01]}
     assert (left.get_ylabel(), right.get_ylabel()) == ('loss', 'learning rate') and len(right.lines) == 1
