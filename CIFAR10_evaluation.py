@@ -377,13 +377,12 @@ def html_setting(number, setting, runs):
         return f"""<tr><td>Setting #{number}</td><td>{setting.title}</td>{'<td></td>' * 12}</tr>"""
     config = runs[0].config
     # What the table has no column for
-    others = ''.join(f', {name} {config.as_given(name)}'
-                     for name in ('hidden', 'normalization', 'dropout', 'max_norm', 'clip')
-                     if config.model in FIELDS[name].models and getattr(config, name) not in (0, 'none'))
+    mlp = (f"(hidden {config.as_given('hidden')}, normalization {config.normalization}, "
+           f"dropout {config.dropout:g})")
     drops = ', '.join(f'{epoch:.0f}' for epoch in drop_epochs(runs[0]))
-    warmup = f', warmup of {config.warmup:g} epochs' if config.warmup else ''
     return f"""<tr><td>Setting #{number}</td>
-<td>{config.title}{others}</td>
+<td>{config.title} {mlp if config.model == 'mlp' else ''}
+{f'(clip {config.clip:g})' if config.clip else ''}</td>
 <td>{'X' if runs[0].machine.get('device') == 'cpu' else 'O'}</td>
 <td>{config.batch_size}</td>
 <td>{dict(relu='ReLU', elu='ELU').get(config.activation, config.activation)}</td>
@@ -392,7 +391,8 @@ def html_setting(number, setting, runs):
 <td>{config.learning_rate:g}</td>
 <td>{config.momentum:g}</td>
 <td>{config.weight_decay or 'X'}</td>
-<td>{f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay}{warmup}</td>
+<td>{f'×{config.gamma:g} after epoch {drops}' if drops else config.learning_rate_decay}
+{f'(warmup of {config.warmup:g} epochs)' if config.warmup else ''}</td>
 <td>{', '.join(f'{run.last.seconds / 60:.1f}' for run in runs)}</td>
 <td>{', '.join(f'{run.best.epoch:.0f}' for run in runs)}</td>
 <td>{accuracy_text(runs)}</td></tr>"""

@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +26,7 @@ from CIFAR10_train import build_optimizer, choose_precision, train_epoch  # noqa
 from dataset import MEAN, STD, data_load  # noqa: E402
 from ResNet_model import IdentityPadding  # noqa: E402
 
-ROWS = {'ResNet-32': SETTINGS['resnet32'], 'LeNet-5': SETTINGS['lenet5'],
-        'MLP 1024-512': replace(SETTINGS['mlp'], hidden=(1024, 512))}
+ROWS = {config.title: config for config in SETTINGS.values()}
 WAYS = {'plain, no workers': 0, 'plain, 2 workers': 2, 'ours': None}  # and their DataLoaders' workers
 
 

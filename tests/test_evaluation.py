@@ -28,7 +28,8 @@ def read_report(folder):
     """The report's text, and its tables: of each a list of its rows, dicts by column."""
     text, tables = (folder / 'results' / 'report.html').read_text(encoding='utf-8'), []
     for table in re.findall('<table>.*?</table>', text, re.DOTALL):
-        header, *lines = [[html.unescape(cell) for cell in re.findall('<td.*?>(.*?)</td>', row)]
+        header, *lines = [[' '.join(html.unescape(cell).split())  # spaces and lines as a browser shows them
+                           for cell in re.findall('<td.*?>(.*?)</td>', row, re.DOTALL)]
                           for row in re.findall('<tr.*?</tr>', table, re.DOTALL)]
         tables.append([dict(zip(header, line, strict=True)) for line in lines])
     return text, tables
@@ -109,8 +110,8 @@ def test_a_holdout_run_says_so_and_settings_that_have_not_run_are_empty(tmp_path
     assert {name: value for name, value in row.items() if name.startswith('--')} == {  # not as set
         '--dataset': 'synthetic', '--holdout': '500', '--hidden': '8', '--epochs': '1'}
     assert slides[0]['Accuracy'] == f"{row['Validation (%)']} %"
-    assert slides[0]['Model'] == 'MLP (NOT CIFAR-10), hidden 8, normalization batch, dropout 0.2'
-    assert slides[0]['LR decay'] == 'cosine, warmup of 2 epochs'
+    assert slides[0]['Model'] == 'MLP (NOT CIFAR-10) (hidden 8, normalization batch, dropout 0.2)'
+    assert slides[0]['LR decay'] == 'cosine (warmup of 2 epochs)'
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_row_wherever_they_lie_and_stop(tmp_path):
