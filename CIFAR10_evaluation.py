@@ -309,7 +309,7 @@ img { max-width: 100% }
 @media print {
   body { font-size: 11px; margin: 0 } table, .results table { font-size: 9px }
   pre, .small { font-size: 8px } .results td { padding: 1px 4px }
-  h2, h3 { break-after: avoid } section, img, tr { break-inside: avoid }
+  h2, h3 { break-after: avoid } h3 + p { break-after: avoid } img, tr { break-inside: avoid }
   img { width: auto; max-height: 6.3cm } section img { max-height: 4cm }
 }
 </style>
@@ -584,7 +584,7 @@ def write_report():
     summary = read_text(RESULTS / 'README.md').split('\n\n')
     atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}
 <h1>CIFAR-10 Evaluation Report</h1>
-<p>Validation accuracy, of three seeds or more the mean ± standard deviation:
+<p>Validation accuracy, of three seeds the mean ± standard deviation:
 {', '.join(f"{runs[0].config.title} {accuracy_text(runs)}" for runs in shown) or 'see below'}</p>
 {html_slides(found)}
 {'<h2>Validation dataset accuracy plot</h2>' if shown else ''}
