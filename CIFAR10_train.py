@@ -269,7 +269,7 @@ def check_loss(loss, where, rate):
     """Raise Diverged unless a loss is finite."""
     if not math.isfinite(loss):
         raise Diverged(f"The loss is {loss} at {where}, learning rate {rate:.2g}: train under another --name "
-                       "with a smaller --learning-rate or a --clip up to 10; the finished epochs are kept.")
+                       "with a smaller --learning-rate or a --clip of 1; the finished epochs are kept.")
 
 
 def train_epoch(model, optimizer, data, config, epoch, autocast):
