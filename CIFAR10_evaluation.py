@@ -149,9 +149,9 @@ def evaluate_run(run, data_dir, device):
 
     Returns whether the accuracy is the recorded one, within 0.1 points, as machines round differently.
     """
-    # The images that the run was validated on, and its weights
+    # The images that the run was trained and validated on, and its weights
     config = run.config
-    _, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device)
+    train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device)
     images, labels = val_data.tensors
     model = load_model(run.folder / 'best.pt', config.model, device)
     probability = predict(model, images).softmax(1)
@@ -168,9 +168,10 @@ def evaluate_run(run, data_dir, device):
     hardest = probability[range(len(labels)), labels].argsort()[:10]
     plot_images(images[hardest], [f'{names[labels[i]]}\nas {names[predicted[i]]}' for i in hardest],
                 run.folder / 'mistakes.png')
-    # Ten held-out images are one of each class; below them fixed crops of them, about half of them flipped
-    images, labels = data_load(config.dataset, data_dir, holdout=10, device=device)[1].tensors
-    offsets = torch.arange(20, device=device).view(10, 2) % 9
+    # The first training image of each class; below them fixed crops of them, about half of them flipped
+    labels, first = np.unique(train_data.tensors[1].cpu(), return_index=True)
+    images = train_data.tensors[0][first]
+    offsets = torch.arange(2 * len(images), device=device).view(-1, 2) % 9
     augmented = crop_and_flip(images, offsets, offsets[:, 0] > 3)
     plot_images(torch.cat([images, augmented]), [names[i] for i in labels], run.folder / 'images.png')
     agree = abs(accuracy - run.accuracy) <= 0.1
@@ -267,10 +268,10 @@ def plot_loss(run):
 
 
 def plot_images(images, titles, file):
-    """Plot uint8 images (N, 3, 32, 32), ten in a row, with a title for each column."""
+    """Plot uint8 images (N, 3, 32, 32) in rows, with a title for each column."""
     axes = Figure(figsize=(12, 0.5 + len(images) / 9)).subplots()
     # A border of 2 pixels is around each image.
-    axes.imshow(make_grid(images.cpu(), 10, pad_value=255).permute(1, 2, 0).numpy())
+    axes.imshow(make_grid(images.cpu(), len(titles), pad_value=255).permute(1, 2, 0).numpy())
     axes.set_xticks(range(17, 34 * len(titles), 34), titles)
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelleft=False)
     axes.set_frame_on(False)
@@ -630,11 +631,11 @@ def submit(name):
     # In a folder of that name; what editors keep in hidden files stays out.
     code = ('[!.]*.py [!.]*.md requirements.txt pyproject.toml LICENSE dataset/[!.]*.py tests/[!.]*.py '
             '.gitignore .ci/run')
-    records = ' '.join(f'results/**/[!.]*.{kind}' for kind in 'md json csv png html'.split())
+    records = ' '.join(f'{RESULTS}/**/[!.]*.{kind}' for kind in 'md json csv png html'.split())
     # Files of a date that a zip can't have get the nearest one.
     with zipfile.ZipFile(content, 'w', zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
         # Of the weights only those that the evaluation measures
-        for root, patterns in (Path(__file__).parent, code), (Path(), f'{records} results/*/best.pt'):
+        for root, patterns in (Path(__file__).parent, code), (Path(), f'{records} {RESULTS}/*/best.pt'):
             for file in sorted(file for pattern in patterns.split() for file in root.glob(pattern)):
                 archive.write(file, name / file.relative_to(root))
     atomic_write(Path(f'{name}.zip'), content.getvalue())

@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from CIFAR10_configuration import (RANK, RESULTS, WORLD_SIZE, Configuration, Epoch, Run, UserError,
-                                   atomic_write, flag, lock, parse_configuration,
-                                   read_runs, run_script)
+                                   atomic_write, flag, lock, parse_configuration, read_runs,
+                                   run_script)
 from CIFAR10_evaluation import (build_model, choose_device, cpu_capabilities, describe_machine,
                                 evaluate, evaluate_and_report, load_file)
 from dataset import data_load, training_batches

@@ -12,8 +12,7 @@ import pytest
 import torch
 from conftest import killed, rows, script, use_few_images
 from matplotlib.figure import Figure
-from test_evaluation import read_report, record
-from torchvision.transforms import Normalize
+from test_evaluation import predicted, read_report, record
 from torchvision.transforms.functional import crop, hflip, pad
 
 import CIFAR10_evaluation
@@ -232,10 +231,9 @@ def test_the_images_are_one_of_each_class_and_their_crops_and_hardest_are_those_
         assert any(torch.equal(augmented, shown) for one in crops for shown in (one, hflip(one)))
     model = LeNet5_model('maxout')
     model.load_state_dict(torch.load(tmp_path / 'results' / 'lenet5' / 'best.pt')['model_state_dict'])
-    test, labels = synthetic.generate(False)
-    logits = model(Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))(test / 255))
+    logits, labels = predicted(model)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction='none')
     hardest = losses.argsort(descending=True)[:10]
-    assert torch.equal(mistakes, test[hardest])
+    assert torch.equal(mistakes, synthetic.generate(False)[0][hardest])
     names = synthetic.CLASSES
     assert pairs == [f'{names[labels[i]]}\nas {names[logits[i].argmax()]}' for i in hardest]
