@@ -11,6 +11,7 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import dataclass, field, fields
+from glob import glob
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,13 +104,14 @@ class Configuration:
 
     @property
     def title(self):
-        """What figures and texts call the model; synthetic images are told apart from CIFAR-10."""
+        """What figures and texts call the model, and its images where they are not CIFAR-10's test images."""
         name = {'mlp': 'MLP', 'lenet5': 'LeNet-5', 'resnet32': f'ResNet-{self.depth}'}[self.model]
-        return name if self.dataset == 'cifar10' else f"{name} (NOT CIFAR-10)"
+        return (f"{name}{' (held-out images)' if self.holdout else ''}"
+                f"{'' if self.dataset == 'cifar10' else ' (NOT CIFAR-10)'}")
 
     def as_given(self, name):
-        """The value of a field as the command line has it: (1024, 512) as 1024 512."""
-        return re.sub('[(),]', '', str(getattr(self, name)))
+        """A field's value as the command line has it: (1024, 512) as 1024 512; '' if the model lacks it."""
+        return re.sub('[(),]', '', str(getattr(self, name))) if self.model in FIELDS[name].models else ''
 
     def differences(self, other):
         """The names of the fields in which two configurations differ."""
@@ -219,11 +221,8 @@ def parse_configuration(arguments=None):
                        help="name of the run or group (default: the model, or the options that vary)")
     add_common_options(group)
     # Every field of Configuration is an option, whose default is that of the model's setting.
-    headings = dict(dataset="data", hidden="model", optimizer="optimizer", epochs="schedule")
+    group = parser.add_argument_group("data, model, optimizer, schedule")
     for name in FIELDS:
-        # A heading before the first field of each section
-        if name in headings:
-            group = parser.add_argument_group(headings[name])
         group.add_argument(flag(name), help=help_text(name), nargs='+', metavar='X',
                            action='append', default=argparse.SUPPRESS)
     group = parser.add_argument_group("speed", "these change how long a run takes, and how it rounds")
@@ -289,14 +288,15 @@ class Run:
         return self.best.val_accuracy
 
     @property
-    def epochs_since_best(self):
-        """How many epochs the best one is ago; 0 before the first."""
-        return len(self.history) - self.best.epoch if self.history else 0
-
-    @property
     def last(self):
         """The last epoch so far."""
         return self.history[-1]
+
+    @property
+    def finished(self):
+        """Whether it has all its epochs, or the last `patience` of them have brought no better one."""
+        epochs, config = len(self.history), self.config
+        return epochs >= config.epochs or epochs > 0 and epochs - self.best.epoch >= config.patience
 
     def write(self):
         """Write history.csv and config.json."""
@@ -329,7 +329,8 @@ class Run:
 def read_runs(pattern='*'):
     """The runs in these folders of results/, by name; one that can't be read is named and left out."""
     runs = []
-    for file in sorted(RESULTS.glob(f'{pattern}/config.json')):
+    # glob leaves hidden folders out, and follows links.
+    for file in sorted(map(Path, glob(f'{RESULTS}/{pattern}/config.json', recursive=True))):
         try:
             runs.append(Run.read(file.parent))
         except UserError as error:

@@ -10,9 +10,9 @@ import io
 import json
 import os
 import platform
+import re
 import zipfile
 from collections import defaultdict
-from dataclasses import replace
 from glob import glob
 from html import escape
 from itertools import pairwise
@@ -169,11 +169,10 @@ def evaluate_run(run, data_dir, device):
     plot_images(images[hardest], [f'{names[labels[i]]}\nas {names[predicted[i]]}' for i in hardest],
                 run.folder / 'mistakes.png')
     # The first training image of each class; below them fixed crops of them, about half of them flipped
-    labels, first = np.unique(train_data.tensors[1].cpu(), return_index=True)
-    images = train_data.tensors[0][first]
+    images = train_data.tensors[0][np.unique(train_data.tensors[1].cpu(), return_index=True)[1]]
     offsets = torch.arange(2 * len(images), device=device).view(-1, 2) % 9
     augmented = crop_and_flip(images, offsets, offsets[:, 0] > 3)
-    plot_images(torch.cat([images, augmented]), [names[i] for i in labels], run.folder / 'images.png')
+    plot_images(torch.cat([images, augmented]), names, run.folder / 'images.png')
     agree = abs(accuracy - run.accuracy) <= 0.1
     print(f"{run.folder}: {accuracy:.2f} % recomputed, {run.accuracy:.2f} % recorded"
           f"{'' if agree else ', which DIFFER'}.")
@@ -207,12 +206,12 @@ def save_figure(figure, file):
         print_once(f"{error}")
 
 
-def finish(axes, file, title, ylabel, **legend):
+def finish(axes, file, title, ylabel, columns=2):
     """Label a plot over epochs, add a legend, and save it."""
     axes.set(xlabel='epoch', ylabel=ylabel, title=title)
     axes.locator_params('x', integer=True)  # no epoch 1.5
     axes.grid(alpha=0.3)
-    axes.figure.legend(**legend)
+    axes.figure.legend(loc='outside lower center', ncols=columns)
     save_figure(axes.figure, file)
 
 
@@ -220,51 +219,37 @@ def draw_curve(axes, runs, column, *look, **options):
     """Draw a column of the records over the epochs: the mean of runs, as far as all of them go."""
     epochs = zip(*(run.history for run in runs))  # it ends with the shortest
     means = [mean(getattr(row, column) for row in rows) for rows in epochs]
-    axes.plot(range(1, len(means) + 1), means, *look, **options)
+    # A single epoch makes no line.
+    axes.plot(range(1, len(means) + 1), means, *look, marker='' if means[1:] else '.', **options)
 
 
 def plot_setting(runs, file):
-    """Plot accuracies, early stopping and learning rate drops; the runs differ only in their seed."""
-    axes = Figure(figsize=(4, 3.3)).subplots()
-    draw_curve(axes, runs, 'val_accuracy', label='validation')
-    draw_curve(axes, runs, 'train_accuracy', 'C0', linewidth=0.6, label='training')
-    best = np.mean([(run.best.epoch, run.accuracy) for run in runs], 0)
-    axes.plot(*best, 'k*', label='early stopping')
-    if drops := drop_epochs(runs[0]):
-        axes.vlines(drops, 0, 100, 'grey', 'dotted', label='learning rate drops')
-    # The settings are compared on one scale; a run that learns little needs all of it.
-    axes.set_ylim(40 if best[1] > 50 else 0, 100)
-    finish(axes, file, describe(runs), 'accuracy (%)', loc='outside lower center', ncols=2)
-
-
-def plot_group(curves, varied, file):
-    """Plot validation accuracies: a curve for each list of runs, by its label.
-
-    Returns whether it did so: more curves than six, or of more than two options, would be a tangle.
-    """
-    if not varied:
-        plot_setting(*curves.values(), file)
-    elif len(curves) > 6 or len(varied) > 2:
-        return False
-    else:
-        axes = Figure(figsize=(4.7, 2.4)).subplots()
-        for label, runs in curves.items():
-            draw_curve(axes, runs, 'val_accuracy', label=label)
-        finish(axes, file, 'validation accuracy', 'accuracy (%)', loc='outside right upper')
-    return True
-
-
-def plot_loss(run):
-    """Plot a run's losses, and on an axis of its own the learning rate, to loss.png."""
-    axes = Figure(figsize=(4, 2.3)).subplots()
+    """Plot accuracies with early stopping, and below them losses with the learning rate: means over seeds."""
+    upper, lower = Figure(figsize=(4, 4.6)).subplots(2, sharex=True, height_ratios=[3, 2])
+    draw_curve(upper, runs, 'val_accuracy', label='validation')
+    draw_curve(upper, runs, 'train_accuracy', 'C0', linewidth=0.6, label='training')
+    draw_curve(lower, runs, 'val_loss')
+    draw_curve(lower, runs, 'train_loss', 'C0', linewidth=0.6)
     # The learning rate has an axis of its own, at the right.
-    rate = axes.twinx()
-    draw_curve(rate, [run], 'learning_rate', 'k:', label='learning rate')
+    rate = lower.twinx()
+    draw_curve(rate, runs, 'learning_rate', 'k:', label='learning rate')
     rate.set_ylabel('learning rate')
-    # Thick and thin as in the plot of the accuracy
-    draw_curve(axes, [run], 'val_loss', label='validation')
-    draw_curve(axes, [run], 'train_loss', 'C0', linewidth=0.6, label='training')
-    finish(axes, run.folder / 'loss.png', run.config.title, 'loss', loc='outside lower center', ncols=3)
+    best = np.mean([(run.best.epoch, run.accuracy) for run in runs], 0)
+    upper.plot(*best, 'k*', label='early stopping')
+    # The settings are compared on one scale; a run that learns little needs all of it.
+    upper.set(ylim=(40 if best[1] > 50 else 0, 100), ylabel='accuracy (%)', title=describe(runs))
+    upper.grid(alpha=0.3)
+    finish(lower, file, '', 'loss')
+
+
+def plot_group(curves, file):
+    """Plot validation accuracies: a curve for each list of runs, by its label."""
+    columns = 1 if max(map(len, curves)) > 30 else 2  # of the legend
+    axes = Figure(figsize=(4.7, 2 + len(curves) / 5 / columns)).subplots()
+    for label, runs in curves.items():
+        # Each lies below the one before: the start of a longer training may be the same.
+        draw_curve(axes, runs, 'val_accuracy', label=label, zorder=9 - len(axes.lines))
+    finish(axes, file, 'validation accuracy', 'accuracy (%)', columns)
 
 
 def plot_images(images, titles, file):
@@ -293,37 +278,37 @@ thead { background: #eee }
 thead, h1 + p, .slides td:is(:first-child, :last-child), .chosen { font-weight: bold }
 p:empty, pre:empty { display: none }
 h1 { margin: 0 }
-h3 { margin: 12px 0 0 } h3 + p { margin: 2px 0 6px } section h2 { margin: 20px 0 8px }
+h3 { margin: 12px 0 2px } .beside p { margin: 0 0 6px } section h2 { margin: 20px 0 8px }
+.beside { flex: 1 0 340px; max-width: 100% }
 .small { font-size: 12px } pre { font-size: 11px; white-space: pre-wrap }
 pre, .small { color: #555; margin: 2px 0 }
 img { max-width: 100% }
 .row { display: flex; flex-wrap: wrap; gap: 16px; align-items: start; margin-bottom: 4px }
 .slides, .results { overflow-x: auto } /* on a narrow screen */
 /* tables of results: lines only, numbers aligned, a bar from 0 to 100 % behind each accuracy */
-.results { flex: 1 0 340px; max-width: 100% }
 .results table { font-size: 12px; font-variant-numeric: tabular-nums }
-.results td { border-width: 0 0 1px; padding: 3px 4px; text-align: right }
-.results tbody td, .option { white-space: nowrap }
+.results td { border-width: 0 0 1px; padding: 2px 4px; text-align: left; white-space: nowrap }
 .results td[style] { background: linear-gradient(#cfe3f3, #cfe3f3) 0 / var(--bar) no-repeat content-box;
-  text-align: left; padding: 2px 3px 2px 9px; print-color-adjust: exact }
+  print-color-adjust: exact }
 @page { size: A4 landscape; margin: 1cm }
 @media print {
   body { font-size: 11px; margin: 0 } table, .results table { font-size: 9px }
   pre, .small { font-size: 8px } .results td { padding: 1px 4px }
-  h2, h3 { break-after: avoid } h3 + p { break-after: avoid } img, tr { break-inside: avoid }
+  h2, h3 { break-after: avoid } img, tr { break-inside: avoid }
   img { width: auto; max-height: 6.3cm } section img { max-height: 4cm }
 }
 </style>
 """
 
 
-def key_without_seed(run):
-    """What runs that differ only in their seed have in common: a configuration with seed 0.
+class Unfinished(Configuration):
+    """The configuration of an unfinished run, which equals no finished one's."""
 
-    An unfinished run, that did not stop early either, is no seed of a whole one: it has its epochs so far.
-    """
-    stopped_early = run.epochs_since_best >= run.config.patience
-    return replace(run.config, seed=0, epochs=run.config.epochs if stopped_early else len(run.history))
+
+def key_without_seed(run):
+    """What runs that differ only in their seed have in common: a configuration with seed 0."""
+    kind = Configuration if run.finished else Unfinished
+    return kind(**vars(run.config) | {'seed': 0})
 
 
 def group_runs():
@@ -333,7 +318,9 @@ def group_runs():
     wherever they lie. And texts: a run that repeats an earlier one with its seed is only mentioned.
     """
     groups, repeated = defaultdict(lambda: defaultdict(list)), []
-    for run in sorted(read_runs('*/**'), key=lambda run: run.folder.parent):
+    # Folder by folder; a run by the plain name of its model comes first.
+    for run in sorted(read_runs('*/**'),
+                      key=lambda run: (run.folder.parent, run.folder.name != run.config.model)):
         key = key_without_seed(run)
         group = run.folder.parent
         # A run of a setting belongs to the setting, too.
@@ -352,12 +339,20 @@ def group_runs():
 
 
 def read_text(file):
-    """A text that a person wrote, or ''. One that is not in UTF-8 is named and left out."""
+    """A text that a person wrote, or ''. One that can't be read is named and left out."""
     try:
         return file.read_text(encoding='utf-8-sig') if file.exists() else ''  # sig: Windows' mark
-    except UnicodeDecodeError:
-        print(f"{file} is left out of the report: save it as UTF-8.")
+    except Exception as error:  # its access rights, its encoding
+        print(f"{file} is left out of the report ({error}): give read access, and save it as UTF-8.")
         return ''
+
+
+def read_group_text(folder):
+    """Of a group's README.md the heading, the text, and the commands, which are indented."""
+    text = read_text(folder / 'README.md')
+    commands = re.findall('(?m)^ {4}(.*)', text)
+    heading, _, text = re.sub('(?m)^ {4}.*', '', text).strip().partition('\n')
+    return heading, text, '\n'.join(commands)
 
 
 def mean_std(numbers):
@@ -369,7 +364,8 @@ def mean_std(numbers):
 
 def accuracy_text(runs):
     """The accuracy of runs that differ only in their seed."""
-    return f"{mean_std([run.accuracy for run in runs])} %{f' ({len(runs)} seeds)' if len(runs) > 1 else ''}"
+    return (f"{mean_std([run.accuracy for run in runs])} %{f' ({len(runs)} seeds)' if len(runs) > 1 else ''}"
+            f"{'' if runs[0].finished else ' (unfinished)'}")
 
 
 def html_setting(number, setting, runs):
@@ -414,15 +410,15 @@ X10 = 1</p>"""
 def result_row(runs, options=()):
     """What tables say of runs that differ only in their seed: texts, accuracies in percent."""
     config = runs[0].config
-    model = build_model(config, torch.device('cpu'))
-    unfinished = key_without_seed(runs[0]).epochs < config.epochs
+    weights = build_model(config, torch.device('cpu')).parameters()
     return {
         'Model': config.title,
         **{flag(name): config.as_given(name) for name in options},
-        'Parameters': f'{sum(p.numel() for p in model.parameters()):,}',
+        'Parameters': f'{sum(map(torch.numel, weights)):,}',
         'Seeds': len(runs),
-        '--epochs': f"{mean(len(run.history) for run in runs):g}{', unfinished' if unfinished else ''}",
-        'Machine': ', '.join(dict.fromkeys(str(run.machine.get('processor', '')) for run in runs)),
+        '--epochs': f"{mean(len(run.history) for run in runs):g}{'' if runs[0].finished else ', unfinished'}",
+        'Machine': '; '.join(sorted({f"{run.machine.get('processor')}, threads: {run.machine.get('threads')}"
+                                     for run in runs})),
         'Minutes': f'{median(run.last.seconds for run in runs) / 60:.1f}',
         'Validation (%)': tuple(run.accuracy for run in runs),
         'Last epoch (%)': tuple(run.last.val_accuracy for run in runs),
@@ -440,7 +436,7 @@ def html_cell(value):
 def html_table(rows, hidden=(), chosen=()):
     """HTML of a table of rows, dicts by column, without hidden columns; rows in chosen, numbers, are bold."""
     columns = [column for column in rows[0] if column not in hidden]
-    head = (f'<td class="{"option" if "--" in column else ""}">{column}</td>' for column in columns)
+    head = (f'<td>{column}</td>' for column in columns)
     lines = (f"""<tr class="{'chosen' if number in chosen else ''}">{''.join(
         html_cell(row[column]) for column in columns)}</tr>""" for number, row in enumerate(rows))
     return f"<table><thead><tr>{''.join(head)}</tr></thead>{''.join(lines)}</table>"
@@ -448,14 +444,14 @@ def html_table(rows, hidden=(), chosen=()):
 
 def html_comparison(rows, chosen=()):
     """HTML of a table with the columns in which rows differ; what all share stands once below it."""
-    # Columns that are empty, or of several rows have the same text; accuracies always stay.
+    # Accuracies, which are tuples, always stay.
     shared = [column for column, value in rows[0].items()
-              if all(row[column] == value for row in rows)
-              and (not value or rows[1:] and not isinstance(value, tuple))]
+              if all(row[column] == value for row in rows) and not isinstance(value, tuple)]
     facts = '; '.join(f'{column}: {rows[0][column]}' for column in shared if rows[0][column])
     # Minutes are compared on one machine only.
-    hidden = shared if len({row['Machine'] for row in rows}) == 1 else [*shared, 'Minutes']
-    return f"""<div class="results">{html_table(rows, hidden, chosen)}
+    if 'Machine' not in shared or ';' in rows[0]['Machine']:
+        shared.append('Minutes')
+    return f"""<div class="results">{html_table(rows, shared, chosen)}
 <p class="small">{escape(facts)}</p></div>"""
 
 
@@ -475,12 +471,6 @@ def html_picture(file, words):
 width="{int.from_bytes(png[16:20], 'big') // 2}" alt="{escape(words)}">"""
 
 
-def html_pictures(shown, name):
-    """HTML of the pictures of that name, side by side, that the settings shown have."""
-    return ''.join(html_picture(runs[0].folder / f'{name}.png', f'{name}, {describe(runs)}')
-                   for runs in shown)
-
-
 def html_group(folder, group, top):
     """HTML on a group: the text in its folder's README.md, a figure, and a table of what differs.
 
@@ -488,8 +478,8 @@ def html_group(folder, group, top):
     """
     # What differs from the settings; where it is one option, they themselves belong to the group.
     settings = [SETTINGS[config.model] for config in group]
-    options = [name for name in FIELDS
-               if any(name in config.differences(setting) for config, setting in zip(group, settings))]
+    changed = sum(map(Configuration.differences, group, settings), [])
+    options = [name for name in FIELDS if name in changed]
     if len(options) == 1:
         group = group | {setting: top[setting] for setting in settings if setting in top}
 
@@ -497,24 +487,26 @@ def html_group(folder, group, top):
     varied = [name for name in ['model', *options]
               if len({getattr(config, name) for config in group}) > 1]
     group = dict(sorted(group.items(), key=lambda item: [getattr(item[0], name) for name in varied]))
-    curves = {', '.join(f'{name} {config.as_given(name)}' for name in varied): runs
-              for config, runs in group.items()}
-    drawn = plot_group(curves, varied, folder / 'accuracy.png')
-    # What the figure shows, for those who can't see it
-    words = '; '.join(f'{label}: {describe(runs)}' for label, runs in curves.items())
+    curves = {(', '.join(f'{name} {config.as_given(name)}' for name in varied) or config.title)
+              + ('' if runs[0].finished else ' (unfinished)'): runs for config, runs in group.items()}
+    file = folder / 'group.png'  # accuracy.png is a setting's
+    if len(sum(curves.values(), [])) == 1:  # a single run
+        plot_setting(*curves.values(), file)
+    elif len(curves) <= 6 and len(varied) <= 2:
+        plot_group(curves, file)
+    else:  # it would be a tangle: a table alone
+        file.unlink(missing_ok=True)
     # Bold is the row in which what varies is as in the setting.
     chosen = [number for number, config in enumerate(group)
               if varied and set(varied).isdisjoint(config.differences(SETTINGS[config.model]))]
 
-    # A line with the finding, a text, and the commands that train the group
-    heading, _, text = read_text(folder / 'README.md').strip().partition('\n')
-    text, _, commands = text.partition('\n\n    ')  # they are indented
+    heading, text, commands = read_group_text(folder)
     return f"""<section>
 <h3>{escape(heading.strip('# ') or folder.relative_to(RESULTS).as_posix())}</h3>
-<p>{escape(text)}</p>
-<div class="row">{html_picture(folder / 'accuracy.png', words) if drawn else ''}
-{html_comparison([result_row(runs, options) for runs in group.values()], chosen)}</div>
-<pre>{escape(commands.replace('    ', ''))}</pre>
+<div class="row">{html_picture(file, "The validation accuracies of the table, over the epochs")}
+<div class="beside"><p>{escape(text)}</p>
+{html_comparison([result_row(runs, options) for runs in group.values()], chosen)}
+<pre>{escape(commands)}</pre></div></div>
 </section>
 """
 
@@ -525,6 +517,7 @@ def html_classes(runs):
     try:
         record = json.loads((runs[0].folder / 'evaluation.json').read_text())
         matrix = torch.Tensor(record['confusion']).view(10, 10)
+        assert matrix.sum(1).all(), "a class has no image"
     except Exception:  # there is no such record yet, or a damaged one
         return ''
     shares = matrix / matrix.sum(1, keepdim=True) * 100
@@ -550,14 +543,13 @@ def html_details(shown):
     lost = max(mean(row['Validation (%)']) - mean(row['Last epoch (%)']) for row in rows)
     fitted = ', '.join(f"{row['Model']} {mean(row['Training (%)']):.1f} %" for row in rows)
     return f"""
-<section><h2>The last epoch, which is not chosen, is at most {lost:.1f} points below the best one</h2>
+<section><h2>Last epoch: at most {lost:.1f} points below the best one; training: {fitted}</h2>
 {html_comparison(rows)}
-<p class="small">Validation: accuracy in the best epoch (early stopping), on the test images, or with
---holdout on so many training images that were held out. Training: while it learns, in the last epoch, on
-the augmented images and with dropout, so that it can be lower. Of three seeds or more the mean ± standard
-deviation. In the tables below the rows are bold in which what varies is as in the setting.</p></section>
-<section><h2>Training images that are right in the last epoch: {fitted}</h2>
-<div class="row">{html_pictures(shown, 'loss')}</div></section>
+<p class="small">Validation: accuracy in the best epoch (early stopping), which is chosen, on the test images,
+or with --holdout on so many training images that were held out. Training: while it learns, in the last
+epoch, on the augmented images and with dropout, so that it can be lower. Of three seeds or more the mean ±
+standard deviation. In the tables below the rows are bold in which what varies is as in the setting.</p>
+</section>
 <section><h2>The images, and what augmentation makes of them</h2>
 {html_picture(shown[-1][0].folder / 'images.png', "An image of each class, cropped and flipped below")}
 </section>
@@ -574,14 +566,16 @@ def write_report():
              if runs[0].folder == RESULTS / config.model}
     found |= {setting.model: top[setting] for setting in settings if setting in top}
     shown = [found[model] for model in SETTINGS if model in found]
-    for runs in shown:  # their figures
-        plot_setting(runs, runs[0].folder / 'accuracy.png')
-        plot_loss(runs[0])
+    pictures = ''
+    for runs in shown:
+        file = runs[0].folder / 'accuracy.png'
+        plot_setting(runs, file)
+        pictures += html_picture(file, describe(runs))
     # A section for each other run in results/, and for each group
     sections = [html_group(runs[0].folder, {config: runs}, top) for config, runs in top.items()
                 if config not in settings]
     sections += [html_group(folder, group, top) for folder, group in groups.items()
-                 if group.keys() - settings]
+                 if group.keys() - settings or (folder / 'README.md').exists()]
     summary = read_text(RESULTS / 'README.md').split('\n\n')
     atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}
 <h1>CIFAR-10 Evaluation Report</h1>
@@ -589,7 +583,7 @@ def write_report():
 {', '.join(f"{runs[0].config.title} {accuracy_text(runs)}" for runs in shown) or 'see below'}</p>
 {html_slides(found)}
 {'<h2>Validation dataset accuracy plot</h2>' if shown else ''}
-<div class="row">{html_pictures(shown, 'accuracy')}</div>
+<div class="row">{pictures}</div>
 <p class="small">{escape('; '.join(dict.fromkeys(repeated)))}</p>
 <h2>Summary [결과 정리]</h2>
 {''.join(f'<p>{escape(paragraph)}</p>' for paragraph in summary if paragraph)}
@@ -614,7 +608,7 @@ def predict_pictures(names, weights, model, classes, device):
     """Print the class of each picture and its probability, by a model whose weights are of that file."""
     for name in names:
         # Windows leaves it to the program to find the files that *.jpg means.
-        for file in [name] if os.path.exists(name) else sorted(glob(name)) or [name]:
+        for file in [name] if os.path.exists(name) else glob(name) or [name]:
             # One that can't be read is named, and the others go on.
             try:
                 image = read_picture(file).to(device)
@@ -628,16 +622,17 @@ def predict_pictures(names, weights, model, classes, device):
 def submit(name):
     """Write <name>.zip, in which the README's commands work: code, records, figures, report, weights."""
     content = io.BytesIO()
-    # In a folder of that name; what editors keep in hidden files stays out.
-    code = ('[!.]*.py [!.]*.md requirements.txt pyproject.toml LICENSE dataset/[!.]*.py tests/[!.]*.py '
-            '.gitignore .ci/run')
-    records = ' '.join(f'{RESULTS}/**/[!.]*.{kind}' for kind in 'md json csv png html'.split())
+    # In a folder of that name; what editors keep in hidden files stays out, as glob leaves them out.
+    code = '*.py *.md requirements.txt pyproject.toml LICENSE dataset/*.py tests/*.py .gitignore .ci/run'
+    records = (f'{RESULTS}/**/*.md {RESULTS}/**/*.json {RESULTS}/**/*.csv {RESULTS}/**/*.png '
+               f'{RESULTS}/*.html {RESULTS}/*/best.pt')  # weights that the evaluation measures
     # Files of a date that a zip can't have get the nearest one.
     with zipfile.ZipFile(content, 'w', zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
-        # Of the weights only those that the evaluation measures
-        for root, patterns in (Path(__file__).parent, code), (Path(), f'{records} {RESULTS}/*/best.pt'):
-            for file in sorted(file for pattern in patterns.split() for file in root.glob(pattern)):
-                archive.write(file, name / file.relative_to(root))
+        for root, patterns in (Path(__file__).parent, code), (Path(), records):
+            for pattern in patterns.split():
+                for file in glob(pattern, root_dir=root, recursive=True):
+                    # A question mark for what no UTF-8 name can have
+                    archive.write(root / file, f'{name}/{file}'.encode(errors='replace').decode())
     atomic_write(Path(f'{name}.zip'), content.getvalue())
     print(f"{name}.zip holds the code, the records, the report and the weights.")
 
@@ -679,10 +674,11 @@ def parse_options():
     parser.add_argument('--dataset', choices=CLASSES, help="images for --weights (default: as trained)")
     task.add_argument('--predict', nargs='+', action='extend', metavar='FILE',
                       help="print the class of each picture")
-    task.add_argument('--submit', type=run_name, metavar='StudentID_Name', help="zip code and report")
+    task.add_argument('--submit', metavar='StudentID_Name', help="zip code and report",
+                      type=lambda text: run_name(text.removesuffix('.zip')))
     options = parser.parse_args()
-    if options.submit and options.weights:
-        parser.error("--submit goes without --weights")
+    if options.submit and (options.weights or '/' in options.submit):
+        parser.error("--submit goes without --weights, and takes a name without a folder")
     if options.submit and Path(f'{options.submit}.zip').exists():
         raise UserError(f"{options.submit}.zip is there already: move it, or submit under another name.")
     return options

@@ -328,10 +328,9 @@ def train(name, config, options, device):
         save_checkpoint(run, model, optimizer)  # a disk that can't be written fails before it trains
 
         began = perf_counter() - (run.last.seconds if run.history else 0)  # the clock goes on, too
-        for epoch in range(len(run.history), config.epochs):
-            # Early stopping: the last `patience` epochs have brought no better one.
-            if run.epochs_since_best >= config.patience:
-                break
+        # Early stopping: it is finished, too, once the last `patience` epochs have brought no better one.
+        while not run.finished:
+            epoch = len(run.history)
             trained = train_epoch(training_model, optimizer, train_data, config, epoch, autocast)
             validated = evaluate(model, val_data)
             rate, seconds = optimizer.param_groups[0]['lr'], perf_counter() - began

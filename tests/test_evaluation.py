@@ -2,12 +2,15 @@
 import base64
 import html
 import io
+import json
+import os
 import re
 import shlex
 import shutil
 import statistics
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,12 +36,12 @@ def read_report(folder):
     return text, tables
 
 
-def record(folder, config, accuracies):
+def record(folder, config, accuracies, machine=()):
     """Write the record of a run with these validation accuracies, one more in training, a second an epoch."""
     folder.mkdir(parents=True)
     history = [Epoch(epoch, 0.1, 1, accuracy + 1, 1, accuracy, epoch)
                for epoch, accuracy in enumerate(accuracies, 1)]
-    Run(folder, config, {}, history).write()
+    Run(folder, config, dict(machine), history).write()
 
 
 def predicted(model, count=1000, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)):
@@ -72,7 +75,7 @@ def test_the_report_is_one_file_with_pictures_inside_that_says_it_is_not_cifar10
     first = re.search('<p>Validation accuracy(.*?)</p>', text, re.DOTALL)[1]
     assert first.count('(NOT CIFAR-10)') == first.count(' %') == 3 and '[결과 정리]' in text
     pictures = re.findall(r'<img src="data:image/png;base64,(.*?)"\s+width="(\d+)" alt="[^"]+">', text)
-    assert len(pictures) == len(re.findall('(?:src|href)=', text)) == 3 * 3 + 2  # and nothing else is loaded
+    assert len(pictures) == len(re.findall('(?:src|href)=', text)) == 3 * 2 + 2  # and nothing else is loaded
     for png, width in pictures:
         with Image.open(io.BytesIO(base64.b64decode(png))) as image:  # a CSS pixel has two of a dense screen
             assert int(width) == image.width // 2 > 100
@@ -95,7 +98,8 @@ def test_the_report_tells_of_each_class_how_often_it_is_taken_for_each(trained):
 
 def test_a_damaged_evaluation_leaves_its_table_out(trained, tmp_path):
     folder = shutil.copytree(trained[0] / 'results', tmp_path / 'results') / 'resnet32'
-    for bad in '{', '[]', '{"accuracy": "", "confusion": 5}', '{"accuracy": null, "confusion": [[1], [2]]}':
+    no_truck = json.dumps({'accuracy': 10, 'confusion': [1] * 90 + [0] * 10})
+    for bad in '{', '[]', '{"accuracy": "", "confusion": 5}', '{"confusion": [[1], [2]]}', no_truck:
         (folder / 'evaluation.json').write_text(bad)
         assert script(tmp_path, 'CIFAR10_evaluation.py --name lenet5').returncode == 0
         assert '>Class<' not in read_report(tmp_path)[0]
@@ -103,13 +107,13 @@ def test_a_damaged_evaluation_leaves_its_table_out(trained, tmp_path):
 
 def test_a_holdout_run_says_so_and_settings_that_have_not_run_are_empty(tmp_path):
     script(tmp_path, 'CIFAR10_train.py --model mlp --hidden 8 --dataset synthetic --epochs 1 --holdout 500')
-    _, (slides, *_, [row]) = read_report(tmp_path)
+    text, (slides, *_, [row]) = read_report(tmp_path)
     assert [list(line.values())[1:] for line in slides[1:]] == [
         [name] + [''] * 12 for name in ('LeNet-5', 'ResNet-32')]
-    assert {name: value for name, value in row.items() if name.startswith('--')} == {  # not as set
-        '--dataset': 'synthetic', '--holdout': '500', '--hidden': '8', '--epochs': '1'}
+    assert '--dataset: synthetic; --holdout: 500; --hidden: 8; ' in text  # not as set
     assert slides[0]['Accuracy'] == f"{row['Validation (%)']} %"
-    assert slides[0]['Model'] == 'MLP (NOT CIFAR-10) (hidden 8, normalization batch, dropout 0.2)'
+    assert slides[0]['Model'] == (
+        'MLP (held-out images) (NOT CIFAR-10) (hidden 8, normalization batch, dropout 0.2)')
     assert slides[0]['LR decay'] == 'cosine (warmup of 2 epochs)'
 
 
@@ -127,7 +131,15 @@ def test_runs_that_differ_only_in_their_seed_are_one_row_wherever_they_lie_and_s
     assert list(tables[0][1].values())[-3:] == ['2.5, 0.8, 1.5', '1, 1, 1',
                                                 f'{mean:.2f} ± {deviation:.2f} % (3 seeds)']
     assert re.findall('<h3>(.*?)</h3>', text) == ['lenet5-2', 'other']  # and no group of the settings'
-    assert tables[-1][0]['--warmup'] == '3.0'
+    assert '--warmup: 3.0; ' in text
+
+
+def test_a_run_by_the_name_of_its_model_is_in_the_slides_table_whatever_repeats_it(tmp_path):
+    for name in 'a', 'mlp':
+        record(tmp_path / 'results' / name, replace(SETTINGS['mlp'], epochs=1), [50.0])
+    done = script(tmp_path, 'CIFAR10_evaluation.py')
+    assert f"{Path('results/a')} repeats {Path('results/mlp')}" in done.stdout
+    assert read_report(tmp_path)[1][0][0]['Accuracy'] == '50.00 %'
 
 
 @pytest.mark.skipif("os.name == 'nt'", reason="it allows no such names")
@@ -227,14 +239,23 @@ def test_weights_that_do_not_give_the_recorded_accuracy_end_with_exit_code_1(tra
 
 
 def test_what_is_handed_in_evaluates_and_trains_elsewhere(trained, tmp_path):
+    shutil.copytree(trained[0] / 'results', tmp_path / 'own' / 'results')
+    results = tmp_path / 'own' / 'results'
+    shutil.copytree(results / 'mlp', results / '.ipynb_checkpoints')  # an editor's copy is no run
+    if os.name == 'posix':
+        (results / 'mlp').rename(tmp_path / 'mlp')
+        (results / 'mlp').symlink_to(tmp_path / 'mlp')  # on a larger disk
+        (results / os.fsdecode(b'\xff.md')).touch()  # of a machine whose names are not in UTF-8
     command = 'CIFAR10_evaluation.py --name lenet5 --submit 2020123456_Kim'
-    done, again = script(trained[0], command), script(trained[0], command)
-    assert done.returncode == 0, done.stderr
+    done, again = script(tmp_path / 'own', command), script(tmp_path / 'own', f'{command}.zip')
+    assert done.returncode == 0 and 'repeats' not in done.stdout, done.stderr
     assert again.returncode == 2 and 'already' in again.stderr
-    zipfile.ZipFile(trained[0] / '2020123456_Kim.zip').extractall(tmp_path)
+    assert script(tmp_path / 'own', f'{command}/part').returncode == 2
+    zipfile.ZipFile(tmp_path / 'own' / '2020123456_Kim.zip').extractall(tmp_path)
     folder = tmp_path / '2020123456_Kim'
-    assert not list(folder.rglob('last.pt'))
-    for part in 'requirements.txt', 'tests/test_models.py', 'results/report.html', 'results/mlp/accuracy.png':
+    assert not list(folder.rglob('last.pt')) and not (folder / 'results' / '.ipynb_checkpoints').exists()
+    for part in ('requirements.txt', 'tests/test_models.py', '.gitignore', '.ci/run', 'results/report.html',
+                 'results/mlp/accuracy.png', 'results/mlp/config.json', 'results/mlp/best.pt'):
         assert (folder / part).exists()
     for command in 'evaluation.py --name lenet5', 'train.py --model mlp --dataset synthetic --epochs 1':
         done = process(folder, f"{shlex.quote(str(folder / 'CIFAR10_'))}{command}")  # its own code

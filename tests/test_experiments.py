@@ -1,4 +1,5 @@
 """Groups of runs: several values of an option, and the section that the report makes of them."""
+import base64
 import html
 import re
 import shutil
@@ -148,8 +149,65 @@ def test_where_one_option_of_a_setting_varies_the_setting_is_compared_too(tmp_pa
     assert [row['--epochs'] for row in section(tmp_path, 'long').rows] == ['100', '120', '150']
     report, slow = read_report(tmp_path)[0], section(tmp_path, 'slow')
     assert report.index('<h3>slow</h3>') < report.index('<h3>long</h3>')  # single runs come first
-    assert len(slow.rows) == 1 and slow.rows[0]['--learning-rate'] == '0.01'
-    assert 'LeNet-5: 60.0 % in 100 epochs' in slow.html
+    assert len(slow.rows) == 1 and '--learning-rate: 0.01' in slow.shared
+    assert '--epochs: 100' in slow.shared and slow.html.count('<img ') == 1
+
+
+def test_an_unfinished_run_has_its_own_row_and_changes_no_other(tmp_path):
+    setting = SETTINGS['lenet5']
+    for name, activation, epochs in (('0', 'elu', 9), ('1', 'elu', 90), ('2', 'elu', 90), ('3', 'maxout', 9)):
+        config = replace(setting, activation=activation, epochs=epochs)
+        record(tmp_path / 'results' / 'g' / name, config, [60.0] * 9)
+    record(tmp_path / 'results' / 'lenet5', setting, [70.0] * 9)
+    script(tmp_path, 'CIFAR10_evaluation.py')
+    found = section(tmp_path, 'g')
+    assert [(row['--activation'], row['--epochs']) for row in found.rows] == [
+        ('elu', '9'), ('elu', '9, unfinished'), ('maxout', '9')]
+    report, (slides, *_) = read_report(tmp_path)
+    assert slides[1]['Accuracy'] == '70.00 % (unfinished)' and 'LeNet-5 70.00 % (unfinished)' in report
+
+
+def test_a_group_in_a_settings_folder_leaves_its_figure(tmp_path):
+    folder = tmp_path / 'results' / 'lenet5'
+    record(folder, SETTINGS['lenet5'], [70.0] * 150)
+    script(tmp_path, 'CIFAR10_evaluation.py')
+    figure = (folder / 'accuracy.png').read_bytes()
+    record(folder / 'slow', replace(SETTINGS['lenet5'], learning_rate=0.01), [60.0] * 150)
+    script(tmp_path, 'CIFAR10_evaluation.py')
+    assert section(tmp_path, 'lenet5').html.count('<img ') == 1
+    assert (folder / 'accuracy.png').read_bytes() == figure
+    assert base64.b64encode(figure).decode() in read_report(tmp_path)[0]
+
+
+@pytest.mark.parametrize('written, heading, text, commands', [
+    ('    python a.py\n    python b.py', 'g', '', 'python a.py\npython b.py'),
+    ('# Head\n    python a.py', 'Head', '', 'python a.py'),
+    ('Head\n\nText\n\n    python a.py\n\nmore', 'Head', 'Text more', 'python a.py'),
+    (b'\xff', 'g', '', ''), (None, 'g', '', '')])
+def test_a_groups_text_has_heading_and_commands_wherever(written, heading, text, commands, tmp_path):
+    # A text shows a group of a setting's seed alone, too.
+    record(tmp_path / 'results' / 'g' / '0', SETTINGS['lenet5'], [60.0] * 150)
+    file = tmp_path / 'results' / 'g' / 'README.md'
+    if written is None:
+        file.mkdir()  # what can't be read stops no report
+    else:
+        file.write_bytes(written if isinstance(written, bytes) else written.encode())
+    done = script(tmp_path, 'CIFAR10_evaluation.py')
+    found = section(tmp_path, heading)
+    assert done.returncode == 0 and found.text.split() == text.split()
+    assert re.search('<pre>(.*?)</pre>', found.html, re.DOTALL)[1] == commands
+
+
+@pytest.mark.parametrize('machines, shown', [('aa', True), ('ab', False), (['ab', 'ab'], False)])
+def test_minutes_are_compared_on_one_machine_only(machines, shown, tmp_path):
+    for rate, processors in zip((0.01, 0.1), machines):
+        epochs = int(rate * 1000)
+        for seed, processor in enumerate(processors):
+            config = replace(SETTINGS['lenet5'], epochs=epochs, seed=seed, clip=1.0)
+            record(tmp_path / 'results' / 'g' / f'{rate}-{seed}', config, [60.0] * epochs,
+                   {'processor': processor})
+    script(tmp_path, 'CIFAR10_evaluation.py')
+    assert ('Minutes' in section(tmp_path, 'g').html) == shown
 
 
 def run(accuracies, seed=0):
@@ -172,13 +230,13 @@ def drawn(monkeypatch):
 
 
 def test_a_group_is_drawn_as_means_over_the_seeds_each_with_a_colour_and_a_label(drawn, tmp_path):
-    curves = {'activation relu': SEEDS, 'activation elu': [run([50, 60])]}
-    CIFAR10_evaluation.plot_group(curves, ['activation'], tmp_path / 'accuracy.png')
+    curves = {'activation relu': SEEDS, 'activation elu': [run([50, 60])], 'activation tanh': [run([5])]}
+    CIFAR10_evaluation.plot_group(curves, tmp_path / 'group.png')
     [axes], [legend] = drawn[0].axes, drawn[0].legends
-    one, two = axes.lines
+    one, two, point = axes.lines
     np.testing.assert_allclose(one.get_xydata(), [[1, 15], [2, 35], [3, 40]])
     np.testing.assert_allclose(two.get_xydata(), [[1, 50], [2, 60]])
-    assert one.get_color() != two.get_color()
+    assert one.get_color() != two.get_color() and point.get_marker() == '.' != one.get_marker()
     assert [text.get_text() for text in legend.texts] == list(curves)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ('epoch', 'accuracy (%)')
 
@@ -191,28 +249,25 @@ def test_a_group_of_many_curves_is_a_table_alone(counts, figures, tmp_path):
                replace(SETTINGS['lenet5'], **changes), [50.0])
     script(tmp_path, 'CIFAR10_evaluation.py')
     assert section(tmp_path, 'g').html.count('<img ') == figures
-    if figures and max(counts) > 1:
-        words = re.search('alt="(.*?)"', section(tmp_path, 'g').html)[1]
-        assert all(f'{name} 1' in words for name, count in zip(('warmup', 'clip'), counts) if count > 1)
+    assert (tmp_path / 'results' / 'g' / 'group.png').exists() == bool(figures)
 
 
 def test_a_settings_figures_show_accuracies_early_stopping_losses_and_learning_rate(drawn, tmp_path):
     runs = [replace(seed, folder=tmp_path) for seed in SEEDS]
     CIFAR10_evaluation.plot_setting(runs, tmp_path / 'accuracy.png')
-    CIFAR10_evaluation.plot_loss(runs[0])
-    [axes], (left, right) = drawn[0].axes, drawn[1].axes
+    axes, left, right = drawn[0].axes
     one, training, star = axes.lines
     np.testing.assert_allclose(one.get_ydata(), [15, 35, 40])
     np.testing.assert_allclose(training.get_xydata(), [[1, 16], [2, 36], [3, 41]])
     np.testing.assert_allclose(star.get_xydata(), [[3, 50]])  # the mean of 30 % at 2 and of 70 % at 4
-    [[[x, _], _]] = axes.collections[-1].get_segments()
-    assert 2 <= x < 3 and axes.get_ylim() == (0, 100)
-    assert axes.get_legend_handles_labels()[1] == ['validation', 'training', 'early stopping',
-                                                   'learning rate drops']
-    assert axes.get_title() == 'LeNet-5: 50.0 % in 3.5 epochs'
-    found = {line.get_label(): list(line.get_ydata()) for line in [*left.lines, *right.lines]}
-    assert found == {'validation': [2, 1, 0], 'training': [3, 2, 1], 'learning rate': [0.1, 0.1, 0.01]}
-    assert (left.get_ylabel(), right.get_ylabel()) == ('loss', 'learning rate') and len(right.lines) == 1
+    assert axes.get_title() == 'LeNet-5: 50.0 % in 3.5 epochs' and axes.get_ylim() == (0, 100)
+    assert [list(line.get_ydata()) for line in left.lines] == [[2, 1, 0], [3, 2, 1]]
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [0.1, 0.1, 0.01])
+    assert [line.get_color() for line in left.lines] == [one.get_color(), training.get_color()]
+    assert [line.get_linewidth() for line in left.lines] == [one.get_linewidth(), training.get_linewidth()]
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == [
+        'validation', 'training', 'early stopping', 'learning rate']
+    assert [part.get_ylabel() for part in drawn[0].axes] == ['accuracy (%)', 'loss', 'learning rate']
 
 
 def test_the_images_are_one_of_each_class_and_their_crops_and_hardest_are_those_least_believed(

@@ -213,7 +213,7 @@ def test_a_zip_takes_files_from_before_1980_but_no_hidden_ones(lenet5, monkeypat
     os.utime(shutil.copy(ROOT / 'README.md', code), (0, 0))  # the start of 1970
     monkeypatch.setattr(CIFAR10_evaluation, '__file__', str(code / 'CIFAR10_evaluation.py'))
     assert script(lenet5[0], 'CIFAR10_evaluation.py --name lenet5 --submit Kim').returncode == 0
-    run = ('accuracy.png best.pt config.json evaluation.json history.csv images.png loss.png '
+    run = ('accuracy.png best.pt config.json evaluation.json group.png history.csv images.png '
            'mistakes.png').split()
     assert sorted(zipfile.ZipFile(lenet5[0] / 'Kim.zip').namelist()) == [
         'Kim/README.md', *(f'Kim/results/lenet5/{file}' for file in run), 'Kim/results/report.html']
