@@ -295,8 +295,8 @@ class Run:
     @property
     def finished(self):
         """Whether it has all its epochs, or the last `patience` of them have brought no better one."""
-        epochs, config = len(self.history), self.config
-        return epochs >= config.epochs or epochs > 0 and epochs - self.best.epoch >= config.patience
+        done = len(self.history)
+        return done >= self.config.epochs or (done > 0 and done - self.best.epoch >= self.config.patience)
 
     def write(self):
         """Write history.csv and config.json."""
@@ -327,7 +327,7 @@ class Run:
 
 
 def read_runs(pattern='*'):
-    """The runs in these folders of results/, by name; one that can't be read is named and left out."""
+    """A list of the runs in these folders of results/; one that can't be read is named and left out."""
     runs = []
     # glob leaves hidden folders out, and follows links.
     for file in sorted(map(Path, glob(f'{RESULTS}/{pattern}/config.json', recursive=True))):

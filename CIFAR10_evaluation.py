@@ -13,6 +13,7 @@ import platform
 import re
 import zipfile
 from collections import defaultdict
+from dataclasses import replace
 from glob import glob
 from html import escape
 from itertools import pairwise
@@ -160,8 +161,8 @@ def evaluate_run(run, data_dir, device):
     # Confusion matrix: a row for each true class, with the number that is taken for each class
     confusion = (labels * 10 + predicted).cpu().bincount(minlength=100).view(10, 10)
     accuracy = confusion.trace().item() / len(labels) * 100
-    record = json.dumps(dict(accuracy=accuracy, confusion=confusion.tolist()))
-    atomic_write(run.folder / 'evaluation.json', record.encode())
+    atomic_write(run.folder / 'evaluation.json',
+                 json.dumps(dict(accuracy=accuracy, confusion=confusion.tolist())).encode())
 
     # The images to whose class it gives the lowest probability
     names = CLASSES[config.dataset]
@@ -189,13 +190,6 @@ style.use(['default', {
     'axes.prop_cycle': "cycler('color', ['1b2f6b', 'e8590c', '7fc8f8', '2b8a3e', 'b46bd6', 'b59f00'])"}])
 
 
-def drop_epochs(run):
-    """The epochs after which the learning rate dropped by a step."""
-    return [before.epoch for before, after in pairwise(run.history)
-            if run.config.learning_rate_decay == 'step'
-            and after.learning_rate < before.learning_rate]
-
-
 def save_figure(figure, file):
     """Write a figure as PNG; where that can't be, as another program has the file open, say so."""
     png = io.BytesIO()
@@ -206,9 +200,9 @@ def save_figure(figure, file):
         print_once(f"{error}")
 
 
-def finish(axes, file, title, ylabel, columns=2):
-    """Label a plot over epochs, add a legend, and save it."""
-    axes.set(xlabel='epoch', ylabel=ylabel, title=title)
+def save_plot(axes, file, ylabel, columns=2):
+    """Label a plot over epochs, add a legend of so many columns, and save it."""
+    axes.set(xlabel='epoch', ylabel=ylabel)
     axes.locator_params('x', integer=True)  # no epoch 1.5
     axes.grid(alpha=0.3)
     axes.figure.legend(loc='outside lower center', ncols=columns)
@@ -217,14 +211,17 @@ def finish(axes, file, title, ylabel, columns=2):
 
 def draw_curve(axes, runs, column, *look, **options):
     """Draw a column of the records over the epochs: the mean of runs, as far as all of them go."""
-    epochs = zip(*(run.history for run in runs))  # it ends with the shortest
-    means = [mean(getattr(row, column) for row in rows) for rows in epochs]
+    # zip ends with the shortest run.
+    means = [mean(getattr(row, column) for row in rows) for rows in zip(*(run.history for run in runs))]
     # A single epoch makes no line.
     axes.plot(range(1, len(means) + 1), means, *look, marker='' if means[1:] else '.', **options)
 
 
-def plot_setting(runs, file):
-    """Plot accuracies with early stopping, and below them losses with the learning rate: means over seeds."""
+def plot_runs(runs, file):
+    """Plot accuracies with early stopping, and below them losses with the learning rate: means over seeds.
+
+    Both have the legend's colours and widths; the star is at the mean of the seeds' best epochs.
+    """
     upper, lower = Figure(figsize=(4, 4.6)).subplots(2, sharex=True, height_ratios=[3, 2])
     draw_curve(upper, runs, 'val_accuracy', label='validation')
     draw_curve(upper, runs, 'train_accuracy', 'C0', linewidth=0.6, label='training')
@@ -239,17 +236,17 @@ def plot_setting(runs, file):
     # The settings are compared on one scale; a run that learns little needs all of it.
     upper.set(ylim=(40 if best[1] > 50 else 0, 100), ylabel='accuracy (%)', title=describe(runs))
     upper.grid(alpha=0.3)
-    finish(lower, file, '', 'loss')
+    save_plot(lower, file, 'loss')
 
 
 def plot_group(curves, file):
-    """Plot validation accuracies: a curve for each list of runs, by its label."""
-    columns = 1 if max(map(len, curves)) > 30 else 2  # of the legend
+    """Plot validation accuracies: a curve, the mean over seeds, for each list of runs, by its label."""
+    columns = 1 if max(map(len, curves)) > 30 else 2  # of the legend, whose rows are 1/5 inch high
     axes = Figure(figsize=(4.7, 2 + len(curves) / 5 / columns)).subplots()
     for label, runs in curves.items():
         # Each lies below the one before: the start of a longer training may be the same.
         draw_curve(axes, runs, 'val_accuracy', label=label, zorder=9 - len(axes.lines))
-    finish(axes, file, 'validation accuracy', 'accuracy (%)', columns)
+    save_plot(axes, file, 'validation accuracy (%)', columns)
 
 
 def plot_images(images, titles, file):
@@ -302,29 +299,29 @@ img { max-width: 100% }
 
 
 class Unfinished(Configuration):
-    """The configuration of an unfinished run, which equals no finished one's."""
+    """The configuration of an unfinished run. It equals no finished one's, as that has another class."""
 
 
 def key_without_seed(run):
-    """What runs that differ only in their seed have in common: a configuration with seed 0."""
-    kind = Configuration if run.finished else Unfinished
-    return kind(**vars(run.config) | {'seed': 0})
+    """What the seeds of a configuration have in common, finished ones or unfinished ones: it with seed 0."""
+    config = replace(run.config, seed=0)
+    return config if run.finished else Unfinished(**vars(config))
 
 
 def group_runs():
     """Read all runs below results/, and put those that differ only in their seed into one list.
 
-    Returns groups[folder][configuration], the lists; groups[RESULTS] has the seeds of the settings,
-    wherever they lie. And texts: a run that repeats an earlier one with its seed is only mentioned.
+    Returns groups[folder][configuration], the lists; groups[RESULTS] has the seeds of the settings too,
+    wherever they lie. And texts on runs that repeat one of their list with its seed, and are not in it.
     """
     groups, repeated = defaultdict(lambda: defaultdict(list)), []
-    # Folder by folder; a run by the plain name of its model comes first.
+    # Folder by folder; a run by the plain name of its model comes first, as the slides' table shows it.
     for run in sorted(read_runs('*/**'),
                       key=lambda run: (run.folder.parent, run.folder.name != run.config.model)):
         key = key_without_seed(run)
         group = run.folder.parent
         # A run of a setting belongs to the setting, too.
-        for folder in {group, RESULTS if key in SETTINGS.values() else group}:
+        for folder in {group, RESULTS} if key in SETTINGS.values() else {group}:
             runs = groups[folder][key]
             first = next((first for first in runs if first.config.seed == run.config.seed), None)
             if first:
@@ -334,7 +331,8 @@ def group_runs():
             else:
                 runs.append(run)
     if not groups:
-        raise UserError(f"There are no readable runs in {RESULTS.absolute()}: train one, or go to them.")
+        raise UserError(f"There are no readable runs in {RESULTS.absolute()}: train one, or go to a folder "
+                        "whose results/ has some.")
     return groups, repeated
 
 
@@ -348,11 +346,11 @@ def read_text(file):
 
 
 def read_group_text(folder):
-    """Of a group's README.md the heading, the text, and the commands, which are indented."""
+    """Three strings of a group's README.md: its first line, its text, its indented commands, a line each."""
     text = read_text(folder / 'README.md')
     commands = re.findall('(?m)^ {4}(.*)', text)
     heading, _, text = re.sub('(?m)^ {4}.*', '', text).strip().partition('\n')
-    return heading, text, '\n'.join(commands)
+    return heading.strip('# '), text, '\n'.join(commands)
 
 
 def mean_std(numbers):
@@ -366,6 +364,13 @@ def accuracy_text(runs):
     """The accuracy of runs that differ only in their seed."""
     return (f"{mean_std([run.accuracy for run in runs])} %{f' ({len(runs)} seeds)' if len(runs) > 1 else ''}"
             f"{'' if runs[0].finished else ' (unfinished)'}")
+
+
+def drop_epochs(run):
+    """The epochs after which the learning rate dropped by a step."""
+    return [before.epoch for before, after in pairwise(run.history)
+            if run.config.learning_rate_decay == 'step'
+            and after.learning_rate < before.learning_rate]
 
 
 def html_setting(number, setting, runs):
@@ -408,15 +413,18 @@ X10 = 1</p>"""
 
 
 def result_row(runs, options=()):
-    """What tables say of runs that differ only in their seed: texts, accuracies in percent."""
+    """What tables say of runs that differ only in their seed: texts, and tuples of accuracies in percent.
+
+    Epochs are those that were trained, on average; minutes are the median.
+    """
     config = runs[0].config
     weights = build_model(config, torch.device('cpu')).parameters()
     return {
         'Model': config.title,
-        **{flag(name): config.as_given(name) for name in options},
+        **{flag(name): config.as_given(name) for name in options if name != 'epochs'},
         'Parameters': f'{sum(map(torch.numel, weights)):,}',
         'Seeds': len(runs),
-        '--epochs': f"{mean(len(run.history) for run in runs):g}{'' if runs[0].finished else ', unfinished'}",
+        'Epochs': f"{mean(len(run.history) for run in runs):g}{'' if runs[0].finished else ', unfinished'}",
         'Machine': '; '.join(sorted({f"{run.machine.get('processor')}, threads: {run.machine.get('threads')}"
                                      for run in runs})),
         'Minutes': f'{median(run.last.seconds for run in runs) / 60:.1f}',
@@ -434,7 +442,7 @@ def html_cell(value):
 
 
 def html_table(rows, hidden=(), chosen=()):
-    """HTML of a table of rows, dicts by column, without hidden columns; rows in chosen, numbers, are bold."""
+    """HTML of a table of rows, dicts by column, without hidden columns; chosen are the bold rows' numbers."""
     columns = [column for column in rows[0] if column not in hidden]
     head = (f'<td>{column}</td>' for column in columns)
     lines = (f"""<tr class="{'chosen' if number in chosen else ''}">{''.join(
@@ -445,13 +453,13 @@ def html_table(rows, hidden=(), chosen=()):
 def html_comparison(rows, chosen=()):
     """HTML of a table with the columns in which rows differ; what all share stands once below it."""
     # Accuracies, which are tuples, always stay.
-    shared = [column for column, value in rows[0].items()
+    hidden = [column for column, value in rows[0].items()
               if all(row[column] == value for row in rows) and not isinstance(value, tuple)]
-    facts = '; '.join(f'{column}: {rows[0][column]}' for column in shared if rows[0][column])
+    facts = '; '.join(f'{column}: {rows[0][column]}' for column in hidden)
     # Minutes are compared on one machine only.
-    if 'Machine' not in shared or ';' in rows[0]['Machine']:
-        shared.append('Minutes')
-    return f"""<div class="results">{html_table(rows, shared, chosen)}
+    if 'Machine' not in hidden or ';' in rows[0]['Machine']:
+        hidden.append('Minutes')
+    return f"""<div class="results">{html_table(rows, hidden, chosen)}
 <p class="small">{escape(facts)}</p></div>"""
 
 
@@ -489,9 +497,9 @@ def html_group(folder, group, top):
     group = dict(sorted(group.items(), key=lambda item: [getattr(item[0], name) for name in varied]))
     curves = {(', '.join(f'{name} {config.as_given(name)}' for name in varied) or config.title)
               + ('' if runs[0].finished else ' (unfinished)'): runs for config, runs in group.items()}
-    file = folder / 'group.png'  # accuracy.png is a setting's
+    file = folder / 'group.png'  # as a run in this folder may have accuracy.png
     if len(sum(curves.values(), [])) == 1:  # a single run
-        plot_setting(*curves.values(), file)
+        plot_runs(*curves.values(), file)
     elif len(curves) <= 6 and len(varied) <= 2:
         plot_group(curves, file)
     else:  # it would be a tangle: a table alone
@@ -502,8 +510,8 @@ def html_group(folder, group, top):
 
     heading, text, commands = read_group_text(folder)
     return f"""<section>
-<h3>{escape(heading.strip('# ') or folder.relative_to(RESULTS).as_posix())}</h3>
-<div class="row">{html_picture(file, "The validation accuracies of the table, over the epochs")}
+<h3>{escape(heading or folder.relative_to(RESULTS).as_posix())}</h3>
+<div class="row">{html_picture(file, "The curves of the runs in the table")}
 <div class="beside"><p>{escape(text)}</p>
 {html_comparison([result_row(runs, options) for runs in group.values()], chosen)}
 <pre>{escape(commands)}</pre></div></div>
@@ -512,14 +520,14 @@ def html_group(folder, group, top):
 
 
 def html_classes(runs):
-    """HTML on what share of each class the first of runs takes for each class."""
-    # The rows of the confusion matrix in percent
+    """HTML of the first run's confusion matrix in percent, and of its mistakes."""
     try:
         record = json.loads((runs[0].folder / 'evaluation.json').read_text())
         matrix = torch.Tensor(record['confusion']).view(10, 10)
-        assert matrix.sum(1).all(), "a class has no image"
-    except Exception:  # there is no such record yet, or a damaged one
+        assert matrix.sum(1).all()
+    except Exception:  # there is no such record yet, a damaged one, or no image of a class
         return ''
+    # Its rows in percent
     shares = matrix / matrix.sum(1, keepdim=True) * 100
     names, title = CLASSES[runs[0].config.dataset], runs[0].config.title
     # The class of which fewest images are right, and the wrong class that most of it are taken for
@@ -569,9 +577,9 @@ def write_report():
     pictures = ''
     for runs in shown:
         file = runs[0].folder / 'accuracy.png'
-        plot_setting(runs, file)
+        plot_runs(runs, file)
         pictures += html_picture(file, describe(runs))
-    # A section for each other run in results/, and for each group
+    # A section for each run in results/ that is no whole setting, and for each group of others or with a text
     sections = [html_group(runs[0].folder, {config: runs}, top) for config, runs in top.items()
                 if config not in settings]
     sections += [html_group(folder, group, top) for folder, group in groups.items()
@@ -620,9 +628,9 @@ def predict_pictures(names, weights, model, classes, device):
 
 
 def submit(name):
-    """Write <name>.zip, in which the README's commands work: code, records, figures, report, weights."""
+    """Write <name>.zip, in which README's commands work: code, tests, records, figures, report, weights."""
     content = io.BytesIO()
-    # In a folder of that name; what editors keep in hidden files stays out, as glob leaves them out.
+    # What editors keep in hidden files stays out, as glob leaves them out.
     code = '*.py *.md requirements.txt pyproject.toml LICENSE dataset/*.py tests/*.py .gitignore .ci/run'
     records = (f'{RESULTS}/**/*.md {RESULTS}/**/*.json {RESULTS}/**/*.csv {RESULTS}/**/*.png '
                f'{RESULTS}/*.html {RESULTS}/*/best.pt')  # weights that the evaluation measures
@@ -631,7 +639,7 @@ def submit(name):
         for root, patterns in (Path(__file__).parent, code), (Path(), records):
             for pattern in patterns.split():
                 for file in glob(pattern, root_dir=root, recursive=True):
-                    # A question mark for what no UTF-8 name can have
+                    # In a folder of that name; a question mark for what no UTF-8 name can have
                     archive.write(root / file, f'{name}/{file}'.encode(errors='replace').decode())
     atomic_write(Path(f'{name}.zip'), content.getvalue())
     print(f"{name}.zip holds the code, the records, the report and the weights.")
@@ -675,7 +683,7 @@ def parse_options():
     task.add_argument('--predict', nargs='+', action='extend', metavar='FILE',
                       help="print the class of each picture")
     task.add_argument('--submit', metavar='StudentID_Name', help="zip code and report",
-                      type=lambda text: run_name(text.removesuffix('.zip')))
+                      type=lambda text: run_name(text.removesuffix('.zip')))  # it may be given
     options = parser.parse_args()
     if options.submit and (options.weights or '/' in options.submit):
         parser.error("--submit goes without --weights, and takes a name without a folder")
@@ -709,7 +717,7 @@ def main():
         predict_pictures(options.predict, weights, model, CLASSES[dataset], device)
     else:
         _, data = data_load(dataset, options.data_dir, device=device)
-        print(f"{weights}: {evaluate(model, data)[1]:.2f} % of the {len(data):,} validation images of "
+        print(f"{weights}: {evaluate(model, data)[1]:.2f} % of the {len(data):,} test images of "
               f"{dataset}")
 
 

@@ -75,8 +75,8 @@ def apply_max_norm(model, max_norm):
 # Checkpoint
 #
 # After each epoch last.pt has all that a run needs to go on: model, optimizer, history. While it has
-# the optimizer's state, the run is unfinished: Ctrl-C or a kill costs the epoch that has begun, and the
-# same command goes on from last.pt. That state is taken out when the run is evaluated and reported.
+# the optimizer's state, the run is open: Ctrl-C or a kill costs the epoch that has begun, and the same
+# command goes on from last.pt. That state is taken out, and so the run closed, when it is in the report.
 
 
 def save(file, run, **content):
@@ -87,7 +87,7 @@ def save(file, run, **content):
 
 
 def save_checkpoint(run, model, optimizer):
-    """Write last.pt, the record if there is an epoch, and best.pt if it is the best; by process 0."""
+    """Write last.pt, the record if there is an epoch, and best.pt if the last is the best; by process 0."""
     if RANK > 0:
         return
     if run.history:
@@ -101,7 +101,7 @@ def save_checkpoint(run, model, optimizer):
 
 
 def read_checkpoint(folder):
-    """What last.pt holds, if the run is unfinished; else None."""
+    """What last.pt holds, if the run is not closed; else None."""
     if (folder / 'last.pt').exists():
         checkpoint = load_file(folder / 'last.pt')
         return checkpoint if 'optimizer' in checkpoint else None
@@ -111,10 +111,10 @@ def read_checkpoint(folder):
 def open_run(name, config, model, optimizer):
     """Find and lock a run's folder, within a with block that gets its Run.
 
-    An unfinished run gives model and optimizer the state of its checkpoint. A finished one stays as
-    it is: the new one goes to <name>-2, -3 ...
+    An open run gives model and optimizer the state of its checkpoint. A closed one stays as it is: the
+    new one goes to <name>-2, -3 ...
     """
-    # The first folder that has an unfinished run, or no file but its lock
+    # The first folder that has an open run, or no file but its lock
     for number in itertools.count(1):
         folder = RESULTS / (name if number == 1 else f'{name}-{number}')
         folder.mkdir(parents=True, exist_ok=True)
@@ -328,7 +328,7 @@ def train(name, config, options, device):
         save_checkpoint(run, model, optimizer)  # a disk that can't be written fails before it trains
 
         began = perf_counter() - (run.last.seconds if run.history else 0)  # the clock goes on, too
-        # Early stopping: it is finished, too, once the last `patience` epochs have brought no better one.
+        # Up to the last epoch, or early stopping
         while not run.finished:
             epoch = len(run.history)
             trained = train_epoch(training_model, optimizer, train_data, config, epoch, autocast)
@@ -392,8 +392,9 @@ def main():
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        # A run is finished when the report has it. If its weights can't be confirmed, it stays unfinished.
-        best = max(runs, key=lambda run: run.accuracy)
+        # Runs are closed when the report has them, and the weights of the best one are confirmed; otherwise
+        # the same command tries it again. Of runs from elsewhere there may be no weights.
+        best = max(runs, key=lambda run: ((run.folder / 'best.pt').exists(), run.accuracy))
         if evaluate_and_report([best], options.data_dir, device):
             for run in runs:
                 close_run(run)

@@ -47,7 +47,6 @@ class ResidualBlock(nn.Module):
                                padding=1,       # X6
                                bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.stride = stride
         # Where the shape changes, the shortcut has to follow.
         self.down_sample = IdentityPadding(in_channels, out_channels, stride) if down_sample else None
 
@@ -108,7 +107,8 @@ class ResNet(nn.Module):
         self.pool = nn.AvgPool2d(8, stride=1)
         self.fc_out = nn.Linear(64, num_classes)
 
-        # Batch norm starts with weight 1 and bias 0 by itself.
+        # He's initialization, by the number of outputs as in torchvision's ResNet. Batch norm starts with
+        # weight 1 and bias 0 by itself.
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')

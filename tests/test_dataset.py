@@ -154,7 +154,7 @@ def test_mirrors_are_tried_in_turn_until_one_gives_the_images(server, small_cifa
     torch.save(LeNet5_model().state_dict(), tmp_path / 'w.pt')
     server.mirrors(*BAD, 'good', 'another')
     done = script(tmp_path, 'CIFAR10_evaluation.py --model lenet5 --weights w.pt --data-dir new/folder')
-    assert done.returncode == 0 and 'of the 20 validation images of cifar10' in done.stdout, done.stderr
+    assert done.returncode == 0 and 'of the 20 test images of cifar10' in done.stdout, done.stderr
     assert list(dict.fromkeys(server.asked)) == [*BAD, 'good']
     said = [line.split(': ')[0] for line in done.stdout.splitlines() if line.startswith('No images from')]
     assert said == [f'No images from {url}' for url in server.urls(*BAD)]

@@ -171,7 +171,7 @@ def test_weights_saved_by_the_assignments_code_evaluate(form, tmp_path):
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     torch.save({'epoch': 3, 'model_state_dict': state} if form == 'assignment' else state, tmp_path / 'w.pth')
     done = script(tmp_path, 'CIFAR10_evaluation.py --model lenet5 --weights w.pth --dataset synthetic')
-    wanted = f'{accuracy_of(model)} % of the 1,000 validation images'
+    wanted = f'{accuracy_of(model)} % of the 1,000 test images'
     assert done.returncode == 0 and wanted in done.stdout, done.stderr
 
 

@@ -70,7 +70,7 @@ def test_several_values_of_an_option_become_a_section_that_compares_them(copied,
         for column, numbers in values.items():
             assert row[column] == ', '.join(f'{number:.2f}' for number in numbers)  # no deviation of two
     parameters = (3072 + 1) * 8 + 2 * 8 + (8 + 1) * 10
-    for text in 'Model: MLP (NOT CIFAR-10)', f'Parameters: {parameters:,}', '--epochs: 2', 'Seeds: 2':
+    for text in 'Model: MLP (NOT CIFAR-10)', f'Parameters: {parameters:,}', 'Epochs: 2', 'Seeds: 2':
         assert text in found.shared and text.split(': ')[0] not in found.rows[0]
     # The setting's row is bold, and each bar as long as the mean
     bars = re.findall(r'<tr class="(.*?)">.*?"--bar: ([\d.]+)%"', found.html)
@@ -101,7 +101,11 @@ def test_a_finished_group_stays_also_without_weights_but_a_damaged_record_is_tra
         assert again.returncode == 0 and again.stdout.count(' is finished.') == count, again.stderr
     assert len(list(folder.rglob('history.csv'))) == 4 and len(section(copied, 'act').rows) == 2
     (folder / 'relu-1' / 'history.csv').write_text('damaged')
+    best = Run.read(folder / 'relu-0')  # has no weights
+    best.history[0] = best.history[0]._replace(val_accuracy=99)
+    best.write()
     again = script(copied, ACT)
+    assert 'optimizer' not in torch.load(folder / 'relu-1-2' / 'last.pt')  # the same command begins another
     assert again.returncode == 0 and again.stdout.count(' is finished.') == 3, again.stderr
     assert 'relu-1 holds no readable run' in again.stdout and len(rows(folder / 'relu-1-2')) == 2
     assert (folder / 'relu-1' / 'history.csv').read_text() == 'damaged'
@@ -146,11 +150,11 @@ def test_where_one_option_of_a_setting_varies_the_setting_is_compared_too(tmp_pa
         config = replace(SETTINGS['lenet5'], **changes)
         record(tmp_path / 'results' / name, config, [50] * (config.epochs - 1) + [60])
     script(tmp_path, 'CIFAR10_evaluation.py')
-    assert [row['--epochs'] for row in section(tmp_path, 'long').rows] == ['100', '120', '150']
+    assert [row['Epochs'] for row in section(tmp_path, 'long').rows] == ['100', '120', '150']
     report, slow = read_report(tmp_path)[0], section(tmp_path, 'slow')
     assert report.index('<h3>slow</h3>') < report.index('<h3>long</h3>')  # single runs come first
     assert len(slow.rows) == 1 and '--learning-rate: 0.01' in slow.shared
-    assert '--epochs: 100' in slow.shared and slow.html.count('<img ') == 1
+    assert 'Epochs: 100' in slow.shared and slow.html.count('<img ') == 1
 
 
 def test_an_unfinished_run_has_its_own_row_and_changes_no_other(tmp_path):
@@ -161,7 +165,7 @@ def test_an_unfinished_run_has_its_own_row_and_changes_no_other(tmp_path):
     record(tmp_path / 'results' / 'lenet5', setting, [70.0] * 9)
     script(tmp_path, 'CIFAR10_evaluation.py')
     found = section(tmp_path, 'g')
-    assert [(row['--activation'], row['--epochs']) for row in found.rows] == [
+    assert [(row['--activation'], row['Epochs']) for row in found.rows] == [
         ('elu', '9'), ('elu', '9, unfinished'), ('maxout', '9')]
     report, (slides, *_) = read_report(tmp_path)
     assert slides[1]['Accuracy'] == '70.00 % (unfinished)' and 'LeNet-5 70.00 % (unfinished)' in report
@@ -238,7 +242,7 @@ def test_a_group_is_drawn_as_means_over_the_seeds_each_with_a_colour_and_a_label
     np.testing.assert_allclose(two.get_xydata(), [[1, 50], [2, 60]])
     assert one.get_color() != two.get_color() and point.get_marker() == '.' != one.get_marker()
     assert [text.get_text() for text in legend.texts] == list(curves)
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ('epoch', 'accuracy (%)')
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ('epoch', 'validation accuracy (%)')
 
 
 @pytest.mark.parametrize('counts, figures', [((6,), 1), ((7,), 0), ((2, 3), 1), ((2, 2, 2), 0), ((1, 1), 1)])
@@ -254,7 +258,7 @@ def test_a_group_of_many_curves_is_a_table_alone(counts, figures, tmp_path):
 
 def test_a_settings_figures_show_accuracies_early_stopping_losses_and_learning_rate(drawn, tmp_path):
     runs = [replace(seed, folder=tmp_path) for seed in SEEDS]
-    CIFAR10_evaluation.plot_setting(runs, tmp_path / 'accuracy.png')
+    CIFAR10_evaluation.plot_runs(runs, tmp_path / 'accuracy.png')
     axes, left, right = drawn[0].axes
     one, training, star = axes.lines
     np.testing.assert_allclose(one.get_ydata(), [15, 35, 40])
