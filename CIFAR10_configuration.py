@@ -264,8 +264,8 @@ def configure(model='resnet32', **chosen):
 # --------------------------------------------------------------------------------------------------
 # The record of a run, and how files and messages are written
 
-# What is recorded of an epoch, a row of history.csv: the learning rate of its last step, accuracies
-# in percent, the seconds that the run has taken so far
+# What is recorded of an epoch, which counts from 1, a row of history.csv: the learning rate of its last
+# step, mean cross-entropies, accuracies in percent, the seconds that the run has taken so far
 Epoch = namedtuple('Epoch', 'epoch learning_rate train_loss train_accuracy val_loss val_accuracy seconds')
 
 
@@ -418,7 +418,11 @@ REMEDIES = {
     'no kernel image|invalid device function|ARCH_MISMATCH|implemented for the MPS':
         "PyTorch can't use this GPU: add --device cpu, or install a build for it from pytorch.org.",
     'torch._(dynamo|inductor)':
-        "--compile failed: leave it out."
+        "--compile failed: leave it out.",
+    'invalid device ordinal':
+        "There are more processes than GPUs: start fewer with --nproc-per-node.",
+    'surrogates not allowed':
+        "A file has a name that is not in UTF-8: rename it."
 }
 
 

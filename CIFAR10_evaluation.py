@@ -53,9 +53,6 @@ def choose_device(name='auto'):
         raise UserError("Several processes can't share Apple's GPU: add --device cpu, or leave out torchrun.")
     if name == 'cuda':
         # torchrun starts a process for each GPU, and gives it a number.
-        gpus = torch.cuda.device_count()
-        if int(os.environ['LOCAL_WORLD_SIZE']) > gpus:
-            raise UserError(f"There are more processes than GPUs: start {gpus} with --nproc-per-node {gpus}.")
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         torch.backends.cudnn.allow_tf32 = False  # which rounds float32 more coarsely
     return torch.device(name)
@@ -75,7 +72,7 @@ def describe_machine(device, precision):
                 instructions=torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512, ...
                 threads=torch.get_num_threads(),
                 processes=WORLD_SIZE,
-                torch=torch.__version__,
+                torch=str(torch.__version__),
                 precision=precision)
 
 
@@ -138,7 +135,7 @@ def predict(model, images):
 
 
 def evaluate(model, data):
-    """Mean cross-entropy loss and accuracy in percent on a data set, in float32."""
+    """Mean cross-entropy and accuracy in percent on a TensorDataset, as of data_load, in float32."""
     images, labels = data.tensors
     logits = predict(model, images)
     correct = (logits.argmax(1) == labels).sum().item()
@@ -155,8 +152,9 @@ def evaluate_run(run, data_dir, device):
     train_data, val_data = data_load(config.dataset, data_dir, config.holdout, config.seed, device)
     images, labels = val_data.tensors
     model = load_model(run.folder / 'best.pt', config.model, device)
-    probability = predict(model, images).softmax(1)
-    predicted = probability.argmax(1)
+    run = Run.read(run.folder)  # anew, as it may be in training
+    logits = predict(model, images)
+    predicted = logits.argmax(1)
 
     # Confusion matrix: a row for each true class, with the number that is taken for each class
     confusion = (labels * 10 + predicted).cpu().bincount(minlength=100).view(10, 10)
@@ -166,7 +164,7 @@ def evaluate_run(run, data_dir, device):
 
     # The images to whose class it gives the lowest probability
     names = CLASSES[config.dataset]
-    hardest = probability[range(len(labels)), labels].argsort()[:10]
+    hardest = logits.softmax(1)[range(len(labels)), labels].argsort()[:10]
     plot_images(images[hardest], [f'{names[labels[i]]}\nas {names[predicted[i]]}' for i in hardest],
                 run.folder / 'mistakes.png')
     # The first training image of each class; below them fixed crops of them, about half of them flipped
@@ -200,10 +198,10 @@ def save_figure(figure, file):
         print_once(f"{error}")
 
 
-def save_plot(axes, file, ylabel, columns=2):
+def save_plot(axes, file, ylabel, columns=1):
     """Label a plot over epochs, add a legend of so many columns, and save it."""
     axes.set(xlabel='epoch', ylabel=ylabel)
-    axes.locator_params('x', integer=True)  # no epoch 1.5
+    axes.locator_params('x', integer=True, min_n_ticks=1)  # no epoch 1.5
     axes.grid(alpha=0.3)
     axes.figure.legend(loc='outside lower center', ncols=columns)
     save_figure(axes.figure, file)
@@ -236,17 +234,16 @@ def plot_runs(runs, file):
     # The settings are compared on one scale; a run that learns little needs all of it.
     upper.set(ylim=(40 if best[1] > 50 else 0, 100), ylabel='accuracy (%)', title=describe(runs))
     upper.grid(alpha=0.3)
-    save_plot(lower, file, 'loss')
+    save_plot(lower, file, 'loss', columns=2)
 
 
 def plot_group(curves, file):
     """Plot validation accuracies: a curve, the mean over seeds, for each list of runs, by its label."""
-    columns = 1 if max(map(len, curves)) > 30 else 2  # of the legend, whose rows are 1/5 inch high
-    axes = Figure(figsize=(4.7, 2 + len(curves) / 5 / columns)).subplots()
+    axes = Figure(figsize=(4.7, 2.2 + len(curves) / 6)).subplots()  # the legend's rows are 1/6 inch high
     for label, runs in curves.items():
         # Each lies below the one before: the start of a longer training may be the same.
         draw_curve(axes, runs, 'val_accuracy', label=label, zorder=9 - len(axes.lines))
-    save_plot(axes, file, 'validation accuracy (%)', columns)
+    save_plot(axes, file, 'validation accuracy (%)')
 
 
 def plot_images(images, titles, file):
@@ -279,7 +276,8 @@ h3 { margin: 12px 0 2px } .beside p { margin: 0 0 6px } section h2 { margin: 20p
 .beside { flex: 1 0 340px; max-width: 100% }
 .small { font-size: 12px } pre { font-size: 11px; white-space: pre-wrap }
 pre, .small { color: #555; margin: 2px 0 }
-img { max-width: 100% }
+img { max-width: 100% } .slides img { max-width: none } /* it may be scrolled */
+section > h2:last-child { display: none } /* there is no picture */
 .row { display: flex; flex-wrap: wrap; gap: 16px; align-items: start; margin-bottom: 4px }
 .slides, .results { overflow-x: auto } /* on a narrow screen */
 /* tables of results: lines only, numbers aligned, a bar from 0 to 100 % behind each accuracy */
@@ -346,11 +344,11 @@ def read_text(file):
 
 
 def read_group_text(folder):
-    """Three strings of a group's README.md: its first line, its text, its indented commands, a line each."""
+    """Of a group's README.md the first line, a list of paragraphs, and the indented commands, a line each."""
     text = read_text(folder / 'README.md')
-    commands = re.findall('(?m)^ {4}(.*)', text)
-    heading, _, text = re.sub('(?m)^ {4}.*', '', text).strip().partition('\n')
-    return heading.strip('# '), text, '\n'.join(commands)
+    commands = re.findall(r'(?m)^(?: {4}|\t)(.*)', text)
+    heading, _, text = re.sub(r'(?m)^(?: {4}|\t).*', '', text).strip().partition('\n')
+    return heading.strip('# '), text.split('\n\n'), '\n'.join(commands)
 
 
 def mean_std(numbers):
@@ -421,12 +419,13 @@ def result_row(runs, options=()):
     weights = build_model(config, torch.device('cpu')).parameters()
     return {
         'Model': config.title,
-        **{flag(name): config.as_given(name) for name in options if name != 'epochs'},
+        **{flag(name): config.as_given(name) for name in options},
         'Parameters': f'{sum(map(torch.numel, weights)):,}',
         'Seeds': len(runs),
         'Epochs': f"{mean(len(run.history) for run in runs):g}{'' if runs[0].finished else ', unfinished'}",
-        'Machine': '; '.join(sorted({f"{run.machine.get('processor')}, threads: {run.machine.get('threads')}"
-                                     for run in runs})),
+        'Machine': '; '.join(sorted({
+            f"{run.machine.get('processor')}, threads: {run.machine.get('threads')}, "
+            f"{run.machine.get('precision', 'precision unknown')}" for run in runs})),
         'Minutes': f'{median(run.last.seconds for run in runs) / 60:.1f}',
         'Validation (%)': tuple(run.accuracy for run in runs),
         'Last epoch (%)': tuple(run.last.val_accuracy for run in runs),
@@ -452,21 +451,22 @@ def html_table(rows, hidden=(), chosen=()):
 
 def html_comparison(rows, chosen=()):
     """HTML of a table with the columns in which rows differ; what all share stands once below it."""
+    # Minutes are compared on one machine only.
+    if ';' in '; '.join({row['Machine'] for row in rows}):
+        for row in rows:
+            del row['Minutes']
     # Accuracies, which are tuples, always stay.
     hidden = [column for column, value in rows[0].items()
               if all(row[column] == value for row in rows) and not isinstance(value, tuple)]
     facts = '; '.join(f'{column}: {rows[0][column]}' for column in hidden)
-    # Minutes are compared on one machine only.
-    if 'Machine' not in hidden or ';' in rows[0]['Machine']:
-        hidden.append('Minutes')
     return f"""<div class="results">{html_table(rows, hidden, chosen)}
 <p class="small">{escape(facts)}</p></div>"""
 
 
 def describe(runs):
     """Model, accuracy and epochs of runs that differ only in their seed."""
-    return (f"{runs[0].config.title}: {mean(run.accuracy for run in runs):.1f} % "
-            f"in {mean(len(run.history) for run in runs):g} epochs")
+    return (f"{runs[0].config.title}: {mean(run.accuracy for run in runs):.1f} % in "
+            f"{mean(len(run.history) for run in runs):g} epochs{'' if runs[0].finished else ' (unfinished)'}")
 
 
 def html_picture(file, words):
@@ -508,11 +508,11 @@ def html_group(folder, group, top):
     chosen = [number for number, config in enumerate(group)
               if varied and set(varied).isdisjoint(config.differences(SETTINGS[config.model]))]
 
-    heading, text, commands = read_group_text(folder)
+    heading, paragraphs, commands = read_group_text(folder)
     return f"""<section>
 <h3>{escape(heading or folder.relative_to(RESULTS).as_posix())}</h3>
 <div class="row">{html_picture(file, "The curves of the runs in the table")}
-<div class="beside"><p>{escape(text)}</p>
+<div class="beside">{''.join(f'<p>{escape(text)}</p>' for text in paragraphs if text.strip())}
 {html_comparison([result_row(runs, options) for runs in group.values()], chosen)}
 <pre>{escape(commands)}</pre></div></div>
 </section>
@@ -541,7 +541,8 @@ def html_classes(runs):
 <div class="results">{html_table(rows)}</div>
 <p class="small">Confusion matrix of the first seed: what it takes the images of each class for. Below, the
 images that it is most wrong about.</p>
-{html_picture(runs[0].folder / 'mistakes.png', "Images with what they are and what they are taken for")}
+<div class="slides">{html_picture(runs[0].folder / 'mistakes.png',
+                                   "Images with what they are and what they are taken for")}</div>
 </section>"""
 
 
@@ -559,7 +560,8 @@ epoch, on the augmented images and with dropout, so that it can be lower. Of thr
 standard deviation. In the tables below the rows are bold in which what varies is as in the setting.</p>
 </section>
 <section><h2>The images, and what augmentation makes of them</h2>
-{html_picture(shown[-1][0].folder / 'images.png', "An image of each class, cropped and flipped below")}
+<div class="slides">{html_picture(shown[-1][0].folder / 'images.png',
+                                   "An image of each class, cropped and flipped below")}</div>
 </section>
 {html_classes(shown[-1])}
 """
@@ -639,10 +641,10 @@ def submit(name):
         for root, patterns in (Path(__file__).parent, code), (Path(), records):
             for pattern in patterns.split():
                 for file in glob(pattern, root_dir=root, recursive=True):
-                    # In a folder of that name; a question mark for what no UTF-8 name can have
-                    archive.write(root / file, f'{name}/{file}'.encode(errors='replace').decode())
+                    archive.write(root / file, f'{name}/{file}')
     atomic_write(Path(f'{name}.zip'), content.getvalue())
-    print(f"{name}.zip holds the code, the records, the report and the weights.")
+    print(f"{name}.zip holds code, records, report, and the weights of "
+          f"{len(glob(f'{RESULTS}/*/best.pt'))} runs.")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def save_checkpoint(run, model, optimizer):
                  model_state_dict=model.state_dict())
         run.write()
     # It comes last: if the program dies before it, this epoch is trained and written once more.
-    save(run.folder / 'last.pt', run, history=list(map(Epoch._asdict, run.history)),
+    save(run.folder / 'last.pt', run, machine=run.machine, history=list(map(Epoch._asdict, run.history)),
          model=model.state_dict(), optimizer=optimizer.state_dict())
 
 
@@ -143,7 +143,8 @@ def continue_run(folder, checkpoint, config, model, optimizer):
         if not changed:
             model.load_state_dict(checkpoint['model'])
             optimizer.load_state_dict(checkpoint['optimizer'])
-        run = Run(folder, config, {}, [Epoch(**row) for row in checkpoint['history']])
+        machine = checkpoint.get('machine', {})
+        run = Run(folder, config, machine, [Epoch(**row) for row in checkpoint['history']])
     except Exception:  # whatever it lacks, or has in another shape
         raise UserError(f"{folder}/last.pt is another network's run, or damaged: use another --name."
                         ) from None
@@ -176,7 +177,7 @@ def print_progress(line, done=False):
 
 
 def print_step(config, epoch, step, steps, loss, rate, seconds):
-    """Show how far the training is, after so many seconds of its epoch."""
+    """Show how far the training is, after so many seconds of its epoch, which counts from 0."""
     minutes_left = seconds / step * (steps * (config.epochs - epoch) - step) / 60
     print_progress(f"epoch {epoch + 1}/{config.epochs}  step {step}/{steps}  loss {loss:.3f}  "
                    f"{minutes_left:.0f} min left  lr {rate:.2g}")
@@ -273,7 +274,10 @@ def check_loss(loss, where, rate):
 
 
 def train_epoch(model, optimizer, data, config, epoch, autocast):
-    """Train for an epoch, whose number counts from 0. Returns training loss and accuracy in percent."""
+    """Train for an epoch, whose number counts from 0. Returns mean cross-entropy and accuracy in percent.
+
+    Raises Diverged.
+    """
     model.train()
     # Each epoch seeds itself: order, augmentation and dropout. So a run resumes with no random state
     # saved. Runs, epochs and processes have seeds of their own.
@@ -310,7 +314,10 @@ def train_epoch(model, optimizer, data, config, epoch, autocast):
 
 
 def train(name, config, options, device):
-    """Begin or continue the run of that name, up to its last epoch or early stop. Returns its Run."""
+    """Begin or continue the run of that name, up to its last epoch or early stop. Returns its Run.
+
+    Raises UserError if there are no images, or the run can't be continued; Diverged.
+    """
     train_data, val_data = load_images(config, options, device)
     torch.manual_seed(config.seed)
     model = build_model(config, device)
@@ -323,7 +330,10 @@ def train(name, config, options, device):
     with opened as run:
         run, state = from_process_0((run, optimizer.state_dict()))
         optimizer.load_state_dict(state)
-        run.machine = describe_machine(device, precision)
+        machine = describe_machine(device, precision)
+        if run.machine not in ({}, machine):
+            machine['processor'] += '; others before'
+        run.machine = machine
         training_model = share_work(model, options.compile)  # model itself is validated and saved
         save_checkpoint(run, model, optimizer)  # a disk that can't be written fails before it trains
 
@@ -359,7 +369,7 @@ def train_group(configs, options, device):
     runs = []
     for name, config in configs.items():
         run = found.get(config)
-        run = from_process_0(run if run and not read_checkpoint(run.folder) else None)
+        run = from_process_0(run if run and run.finished else None)
         if run:
             print(f"{run.folder} is finished.")
             runs.append(run)
@@ -394,8 +404,9 @@ def main():
     if RANK == 0:
         # Runs are closed when the report has them, and the weights of the best one are confirmed; otherwise
         # the same command tries it again. Of runs from elsewhere there may be no weights.
-        best = max(runs, key=lambda run: ((run.folder / 'best.pt').exists(), run.accuracy))
-        if evaluate_and_report([best], options.data_dir, device):
+        measured = [run for run in runs if (run.folder / 'best.pt').exists()]
+        measured.sort(key=lambda run: run.accuracy)
+        if evaluate_and_report(measured[-1:], options.data_dir, device):
             for run in runs:
                 close_run(run)
 

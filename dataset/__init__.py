@@ -66,7 +66,10 @@ def data_load(dataset='cifar10', data_dir='./dataset/', holdout=0, seed=0, devic
 
 
 def read_cifar10(data_dir, train):
-    """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,), downloaded if data_dir lacks them."""
+    """CIFAR-10's images (N, 3, 32, 32) uint8 and labels (N,) int64, downloaded if data_dir lacks them.
+
+    Raises UserError if no server has them.
+    """
     data_dir = Path(data_dir).absolute()
     if data_dir.name == CIFAR10.base_folder:  # torchvision wants the folder around it
         data_dir = data_dir.parent
@@ -95,7 +98,7 @@ def download(data_dir):
 
 
 def crop_and_flip(images, offsets, flips):
-    """torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip, for a whole batch.
+    """A new batch, cropped and flipped as by torchvision's RandomCrop(32, padding=4), RandomHorizontalFlip.
 
     Args:
         images (Tensor): (N, 3, 32, 32); they are left as they are.

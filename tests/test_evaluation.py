@@ -245,12 +245,15 @@ def test_what_is_handed_in_evaluates_and_trains_elsewhere(trained, tmp_path):
     if os.name == 'posix':
         (results / 'mlp').rename(tmp_path / 'mlp')
         (results / 'mlp').symlink_to(tmp_path / 'mlp')  # on a larger disk
-        (results / os.fsdecode(b'\xff.md')).touch()  # of a machine whose names are not in UTF-8
     command = 'CIFAR10_evaluation.py --name lenet5 --submit 2020123456_Kim'
     done, again = script(tmp_path / 'own', command), script(tmp_path / 'own', f'{command}.zip')
     assert done.returncode == 0 and 'repeats' not in done.stdout, done.stderr
     assert again.returncode == 2 and 'already' in again.stderr
     assert script(tmp_path / 'own', f'{command}/part').returncode == 2
+    if os.name == 'posix':
+        (results / os.fsdecode(b'\xff.md')).touch()  # of a machine whose names are not in UTF-8
+        done = script(tmp_path / 'own', command.replace('Kim', 'Lee'))
+        assert done.returncode == 2 and 'rename it' in done.stderr and not list(tmp_path.rglob('*Lee.zip'))
     zipfile.ZipFile(tmp_path / 'own' / '2020123456_Kim.zip').extractall(tmp_path)
     folder = tmp_path / '2020123456_Kim'
     assert not list(folder.rglob('last.pt')) and not (folder / 'results' / '.ipynb_checkpoints').exists()

@@ -30,8 +30,9 @@ def section(folder, heading):
     report, tables = read_report(folder)
     before, part = re.split(f'<h3>{re.escape(html.escape(heading))}</h3>', report)
     part = part.split('</section>')[0]
-    text, shared = re.search('<p>(.*?)</p>.*<p class="small">(.*?)</p>', part, re.DOTALL).groups()
-    return SimpleNamespace(html=part, text=text.strip(), rows=tables[before.count('<table>')],
+    shared = re.search('<p class="small">(.*?)</p>', part, re.DOTALL)[1]
+    text = ' '.join(re.findall('<p>(.*?)</p>', part, re.DOTALL))
+    return SimpleNamespace(html=part, text=text, rows=tables[before.count('<table>')],
                            shared=html.unescape(shared).split('; '))
 
 
@@ -59,7 +60,7 @@ def test_several_values_of_an_option_become_a_section_that_compares_them(copied,
     best = Run.read(copied / 'results' / 'act' / 'relu-0').accuracy
     assert f'{best:.2f} % recomputed, {best:.2f} % recorded' in done.stdout
     found = section(copied, 'ReLU is better')
-    assert found.text == 'By far.' and found.html.count('<img ') == 1
+    assert found.text.strip() == 'By far.' and found.html.count('<img ') == 1
     assert [row['--activation'] for row in found.rows] == ['relu', 'tanh']  # what differs, but for the seed
     for row in found.rows:
         name = row['--activation']
@@ -83,7 +84,7 @@ def test_several_values_of_an_option_become_a_section_that_compares_them(copied,
 def test_a_killed_group_goes_on_in_the_run_that_it_was_at(group, tmp_path, few_images):
     assert killed(100, tmp_path, ACT.split(' ', 1)[1])
     done = script(tmp_path, ACT)
-    assert done.returncode == 0 and 'Continuing act/tanh-0 after epoch 2.' in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stdout.count(' is finished.') == 2, done.stderr
     for folder in (group / 'results' / 'act').glob('*-*'):
         whole, continued = rows(folder), rows(tmp_path / 'results' / 'act' / folder.name)
         assert [{**row, 'seconds': ''} for row in continued] == [{**row, 'seconds': ''} for row in whole]
@@ -133,6 +134,30 @@ def test_a_group_and_a_run_of_one_name_both_stay(tmp_path, few_images):
 def test_a_group_of_seeds_alone_has_a_figure(tmp_path, few_images):
     assert script(tmp_path, f'{SMALL} --batch-size 10 --seed 0 1').returncode == 0
     assert section(tmp_path, 'seed').html.count('<img ') == 1
+
+
+def test_where_the_checkpoint_of_an_unfinished_run_is_missing_it_is_trained_anew(copied, few_images):
+    run = Run.read(copied / 'results' / 'act' / 'relu-1')
+    del run.history[1:]
+    run.write()
+    (run.folder / 'last.pt').unlink()  # as in an archive, which has records alone
+    again = script(copied, ACT)
+    assert again.stdout.count(' is finished.') == 3 and len(rows(run.folder)) == 1, again.stderr
+    assert len(rows(copied / 'results' / 'act' / 'relu-1-2')) == 2
+
+
+def test_a_resumed_run_says_that_it_had_another_machine_and_finished_ones_keep_theirs(tmp_path, few_images):
+    assert killed(70, tmp_path, ACT.split(' ', 1)[1])
+    runs = [Run.read(file.parent) for file in sorted(tmp_path.rglob('config.json'))]
+    assert [len(run.history) for run in runs] == [2, 1]
+    for run in runs:
+        run.machine['processor'] = 'another'
+        run.write()
+    checkpoint = torch.load(runs[1].folder / 'last.pt')
+    torch.save({**checkpoint, 'machine': runs[1].machine}, runs[1].folder / 'last.pt')
+    assert script(tmp_path, ACT).returncode == 0
+    finished, resumed = (Run.read(run.folder).machine['processor'] for run in runs)
+    assert finished == 'another' and resumed.endswith('; others before')
 
 
 def test_a_run_that_diverges_ends_no_group(tmp_path, few_images):
@@ -186,7 +211,7 @@ def test_a_group_in_a_settings_folder_leaves_its_figure(tmp_path):
 @pytest.mark.parametrize('written, heading, text, commands', [
     ('    python a.py\n    python b.py', 'g', '', 'python a.py\npython b.py'),
     ('# Head\n    python a.py', 'Head', '', 'python a.py'),
-    ('Head\n\nText\n\n    python a.py\n\nmore', 'Head', 'Text more', 'python a.py'),
+    ('Head\n\nText\n\n\tpython a.py\n\nmore', 'Head', 'Text more', 'python a.py'),
     (b'\xff', 'g', '', ''), (None, 'g', '', '')])
 def test_a_groups_text_has_heading_and_commands_wherever(written, heading, text, commands, tmp_path):
     # A text shows a group of a setting's seed alone, too.
@@ -264,7 +289,7 @@ def test_a_settings_figures_show_accuracies_early_stopping_losses_and_learning_r
     np.testing.assert_allclose(one.get_ydata(), [15, 35, 40])
     np.testing.assert_allclose(training.get_xydata(), [[1, 16], [2, 36], [3, 41]])
     np.testing.assert_allclose(star.get_xydata(), [[3, 50]])  # the mean of 30 % at 2 and of 70 % at 4
-    assert axes.get_title() == 'LeNet-5: 50.0 % in 3.5 epochs' and axes.get_ylim() == (0, 100)
+    assert axes.get_title() == 'LeNet-5: 50.0 % in 3.5 epochs (unfinished)' and axes.get_ylim() == (0, 100)
     assert [list(line.get_ydata()) for line in left.lines] == [[2, 1, 0], [3, 2, 1]]
     np.testing.assert_allclose(right.lines[0].get_ydata(), [0.1, 0.1, 0.01])
     assert [line.get_color() for line in left.lines] == [one.get_color(), training.get_color()]

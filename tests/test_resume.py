@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_or_one_of_another_network_is_named_and_kept(change
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(errno.ENOSPC, 'full')])
-@pytest.mark.parametrize('moment', ['load_model', 'plot_images', 'plot_setting', 'write_report'])
+@pytest.mark.parametrize('moment', ['load_model', 'plot_images', 'plot_runs', 'write_report'])
 def test_a_run_is_finished_once_it_is_evaluated_and_reported(moment, error, unfinished, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f'CIFAR10_evaluation.{moment}', refusing(error))
