@@ -75,9 +75,9 @@ class Configuration:
     block: str = option('residual', "ResNet: plain has no shortcut", 'residual plain', models='resnet32')
 
     # Optimizer
-    optimizer: str = option('sgd', "sgd has momentum too", 'sgd nesterov adam')
+    optimizer: str = option('sgd', "both have momentum", 'sgd nesterov')
     learning_rate: float = option(0.1, "its peak", low=1e-12)
-    momentum: float = option(0.9, "He et al. 2016; with Adam its beta 1", below=1)
+    momentum: float = option(0.9, "He et al. 2016", below=1)
     weight_decay: float = option(1e-4, "lambda of the L2 penalty on large weights")
     max_norm: float = option(0.0, "weight restriction: largest |w|^2 of a unit; 0: none")
     clip: float = option(0.0, "largest norm of the gradient, so that no step explodes, Pascanu et al. 2013; "

@@ -198,7 +198,7 @@ def save_figure(figure, file):
         print_once(f"{error}")
 
 
-def save_plot(axes, file, ylabel, columns=1):
+def save_plot(axes, file, ylabel, columns=2):
     """Label a plot over epochs, add a legend of so many columns, and save it."""
     axes.set(xlabel='epoch', ylabel=ylabel)
     axes.locator_params('x', integer=True, min_n_ticks=1)  # no epoch 1.5
@@ -234,21 +234,22 @@ def plot_runs(runs, file):
     # The settings are compared on one scale; a run that learns little needs all of it.
     upper.set(ylim=(40 if best[1] > 50 else 0, 100), ylabel='accuracy (%)', title=describe(runs))
     upper.grid(alpha=0.3)
-    save_plot(lower, file, 'loss', columns=2)
+    save_plot(lower, file, 'loss')
 
 
 def plot_group(curves, file):
     """Plot validation accuracies: a curve, the mean over seeds, for each list of runs, by its label."""
-    axes = Figure(figsize=(4.7, 2.2 + len(curves) / 6)).subplots()  # the legend's rows are 1/6 inch high
+    columns = 1 if max(map(len, curves)) > 30 else 2  # of the legend, whose rows are 1/6 inch high
+    axes = Figure(figsize=(4.7, 2.2 + len(curves) / columns / 6)).subplots()
     for label, runs in curves.items():
         # Each lies below the one before: the start of a longer training may be the same.
         draw_curve(axes, runs, 'val_accuracy', label=label, zorder=9 - len(axes.lines))
-    save_plot(axes, file, 'validation accuracy (%)')
+    save_plot(axes, file, 'validation accuracy (%)', columns)
 
 
 def plot_images(images, titles, file):
     """Plot uint8 images (N, 3, 32, 32) in rows, with a title for each column."""
-    axes = Figure(figsize=(12, 0.5 + len(images) / 9)).subplots()
+    axes = Figure(figsize=(10, 0.5 + len(images) / 11)).subplots()
     # A border of 2 pixels is around each image.
     axes.imshow(make_grid(images.cpu(), len(titles), pad_value=255).permute(1, 2, 0).numpy())
     axes.set_xticks(range(17, 34 * len(titles), 34), titles)
@@ -272,13 +273,13 @@ thead { background: #eee }
 thead, h1 + p, .slides td:is(:first-child, :last-child), .chosen { font-weight: bold }
 p:empty, pre:empty { display: none }
 h1 { margin: 0 }
-h3 { margin: 12px 0 2px } .beside p { margin: 0 0 6px } section h2 { margin: 20px 0 8px }
-.beside { flex: 1 0 340px; max-width: 100% }
-.small { font-size: 12px } pre { font-size: 11px; white-space: pre-wrap }
+h3 { margin: 10px 0 2px } .row p { margin: 0 0 6px } section h2 { margin: 20px 0 8px }
+.text { flex: 1 1 300px } img + .table { flex: 1 1 340px } .table { flex: 2 0 auto; max-width: 100% }
+.small { font-size: 12px } pre { font-size: 11px; line-height: 1.2; white-space: pre-wrap }
 pre, .small { color: #555; margin: 2px 0 }
 img { max-width: 100% } .slides img { max-width: none } /* it may be scrolled */
 section > h2:last-child { display: none } /* there is no picture */
-.row { display: flex; flex-wrap: wrap; gap: 16px; align-items: start; margin-bottom: 4px }
+.row { display: flex; flex-wrap: wrap; gap: 4px 16px; align-items: start }
 .slides, .results { overflow-x: auto } /* on a narrow screen */
 /* tables of results: lines only, numbers aligned, a bar from 0 to 100 % behind each accuracy */
 .results table { font-size: 12px; font-variant-numeric: tabular-nums }
@@ -290,7 +291,7 @@ section > h2:last-child { display: none } /* there is no picture */
   body { font-size: 11px; margin: 0 } table, .results table { font-size: 9px }
   pre, .small { font-size: 8px } .results td { padding: 1px 4px }
   h2, h3 { break-after: avoid } img, tr { break-inside: avoid }
-  img { width: auto; max-height: 6.3cm } section img { max-height: 4cm }
+  img, .slides img { width: auto; max-width: 100%; max-height: 6.3cm } section img { max-height: 4cm }
 }
 </style>
 """
@@ -413,16 +414,18 @@ X10 = 1</p>"""
 def result_row(runs, options=()):
     """What tables say of runs that differ only in their seed: texts, and tuples of accuracies in percent.
 
-    Epochs are those that were trained, on average; minutes are the median.
+    Epochs are those that were trained, on average, and of how many; minutes are the median.
     """
     config = runs[0].config
     weights = build_model(config, torch.device('cpu')).parameters()
     return {
         'Model': config.title,
-        **{flag(name): config.as_given(name) for name in options},
+        **{flag(name): config.as_given(name) for name in options if name != 'epochs'},
         'Parameters': f'{sum(map(torch.numel, weights)):,}',
         'Seeds': len(runs),
-        'Epochs': f"{mean(len(run.history) for run in runs):g}{'' if runs[0].finished else ', unfinished'}",
+        '--epochs': (f"{mean(len(run.history) for run in runs):g}"
+                     f"{'' if len(runs[0].history) == config.epochs else f' of {config.epochs}'}"
+                     f"{'' if runs[0].finished else ', unfinished'}"),
         'Machine': '; '.join(sorted({
             f"{run.machine.get('processor')}, threads: {run.machine.get('threads')}, "
             f"{run.machine.get('precision', 'precision unknown')}" for run in runs})),
@@ -509,13 +512,14 @@ def html_group(folder, group, top):
               if varied and set(varied).isdisjoint(config.differences(SETTINGS[config.model]))]
 
     heading, paragraphs, commands = read_group_text(folder)
+    text = ''.join(f'<p>{escape(text)}</p>' for text in paragraphs if text.strip())
+    picture = html_picture(file, "The curves of the runs in the table")
+    # Beside the table stands the picture, or else the text.
     return f"""<section>
 <h3>{escape(heading or folder.relative_to(RESULTS).as_posix())}</h3>
-<div class="row">{html_picture(file, "The curves of the runs in the table")}
-<div class="beside">{''.join(f'<p>{escape(text)}</p>' for text in paragraphs if text.strip())}
+<div class="row">{picture or f'<div class="text">{text}</div>'}<div class="table">{text if picture else ''}
 {html_comparison([result_row(runs, options) for runs in group.values()], chosen)}
-<pre>{escape(commands)}</pre></div></div>
-</section>
+</div></div><pre>{escape(commands)}</pre></section>
 """
 
 

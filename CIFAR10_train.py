@@ -28,18 +28,14 @@ from dataset import data_load, training_batches
 
 
 def build_optimizer(model, config):
-    """SGD with momentum, or Adam, with weight decay as L2 penalty.
+    """SGD with momentum, with weight decay as L2 penalty.
 
     The learning rate is missing here, as train_epoch sets it at each step.
     """
-    # fused: one call updates all weights
-    common = dict(params=model.parameters(), weight_decay=config.weight_decay, fused=True)
-    if config.optimizer == 'adam':
-        optimizer = torch.optim.Adam(betas=(config.momentum, 0.999), **common)
-    else:
-        # Without momentum Nesterov's is plain SGD.
-        nesterov = config.optimizer == 'nesterov' and config.momentum > 0
-        optimizer = torch.optim.SGD(momentum=config.momentum, nesterov=nesterov, **common)
+    # Without momentum Nesterov's is plain SGD. fused: one call updates all weights
+    nesterov = config.optimizer == 'nesterov' and config.momentum > 0
+    optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=nesterov,
+                                weight_decay=config.weight_decay, fused=True)
     optimizer.register_load_state_dict_post_hook(match_layout)
     return optimizer
 
@@ -48,7 +44,7 @@ def match_layout(optimizer):
     """Give a loaded state its weight's layout in memory (channels_last), as fused updates expect it."""
     for weight, state in optimizer.state.items():
         state.update({name: torch.empty_like(weight).copy_(value)
-                      for name, value in state.items() if name != 'step' and value is not None})
+                      for name, value in state.items() if value is not None})
 
 
 def get_learning_rate(config, epochs_done):

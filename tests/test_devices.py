@@ -35,7 +35,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize('options', [
     '--name run --model mlp --hidden 8 --optimizer sgd --max-norm 1 --dropout 0.1',
     '--name run --model lenet5 --optimizer nesterov --clip 1',
-    '--name run --model resnet32 --depth 8 --optimizer adam --learning-rate 0.001 --max-norm 2 --clip 1'])
+    '--name run --model resnet32 --depth 8 --optimizer nesterov --learning-rate 0.001 --max-norm 2 --clip 1'])
 def test_everything_runs_where_there_is_no_float64(options, tmp_path, few_images):
     with NoFloat64():
         with pytest.raises(TypeError, match='no float64'):

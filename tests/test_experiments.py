@@ -71,7 +71,7 @@ def test_several_values_of_an_option_become_a_section_that_compares_them(copied,
         for column, numbers in values.items():
             assert row[column] == ', '.join(f'{number:.2f}' for number in numbers)  # no deviation of two
     parameters = (3072 + 1) * 8 + 2 * 8 + (8 + 1) * 10
-    for text in 'Model: MLP (NOT CIFAR-10)', f'Parameters: {parameters:,}', 'Epochs: 2', 'Seeds: 2':
+    for text in 'Model: MLP (NOT CIFAR-10)', f'Parameters: {parameters:,}', '--epochs: 2', 'Seeds: 2':
         assert text in found.shared and text.split(': ')[0] not in found.rows[0]
     # The setting's row is bold, and each bar as long as the mean
     bars = re.findall(r'<tr class="(.*?)">.*?"--bar: ([\d.]+)%"', found.html)
@@ -175,11 +175,11 @@ def test_where_one_option_of_a_setting_varies_the_setting_is_compared_too(tmp_pa
         config = replace(SETTINGS['lenet5'], **changes)
         record(tmp_path / 'results' / name, config, [50] * (config.epochs - 1) + [60])
     script(tmp_path, 'CIFAR10_evaluation.py')
-    assert [row['Epochs'] for row in section(tmp_path, 'long').rows] == ['100', '120', '150']
+    assert [row['--epochs'] for row in section(tmp_path, 'long').rows] == ['100', '120', '150']
     report, slow = read_report(tmp_path)[0], section(tmp_path, 'slow')
     assert report.index('<h3>slow</h3>') < report.index('<h3>long</h3>')  # single runs come first
     assert len(slow.rows) == 1 and '--learning-rate: 0.01' in slow.shared
-    assert 'Epochs: 100' in slow.shared and slow.html.count('<img ') == 1
+    assert '--epochs: 100' in slow.shared and slow.html.count('<img ') == 1
 
 
 def test_an_unfinished_run_has_its_own_row_and_changes_no_other(tmp_path):
@@ -190,8 +190,8 @@ def test_an_unfinished_run_has_its_own_row_and_changes_no_other(tmp_path):
     record(tmp_path / 'results' / 'lenet5', setting, [70.0] * 9)
     script(tmp_path, 'CIFAR10_evaluation.py')
     found = section(tmp_path, 'g')
-    assert [(row['--activation'], row['Epochs']) for row in found.rows] == [
-        ('elu', '9'), ('elu', '9, unfinished'), ('maxout', '9')]
+    assert [(row['--activation'], row['--epochs']) for row in found.rows] == [
+        ('elu', '9'), ('elu', '9 of 90, unfinished'), ('maxout', '9')]
     report, (slides, *_) = read_report(tmp_path)
     assert slides[1]['Accuracy'] == '70.00 % (unfinished)' and 'LeNet-5 70.00 % (unfinished)' in report
 

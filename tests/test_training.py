@@ -223,7 +223,7 @@ def test_weight_restriction_bounds_every_unit_and_leaves_small_ones_alone():
 
 
 @pytest.mark.parametrize('options', [
-    '--optimizer adam --activation maxout --initialization xavier_normal --batch-size 130',
+    '--optimizer nesterov --activation maxout --initialization xavier_normal --batch-size 130',
     '--optimizer nesterov --momentum 0 --batch-size 5 --holdout 50',
     '--max-norm 1 --activation elu --learning-rate-decay none --batch-size 4 --holdout 50'])
 def test_the_slides_choices_train(options, tmp_path, few_images):
