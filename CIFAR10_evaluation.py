@@ -265,15 +265,15 @@ HTML_HEAD = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>CIFAR-10 Evaluation Report</title>
 <meta name="viewport" content="width=device-width">
 <style>
-body { font: 15px/1.4 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em;
+body { font: 15px/1.4 sans-serif; max-width: 1200px; margin: 1em auto; padding: 0 1em;
   overflow-wrap: break-word }
 table { border-collapse: collapse; width: 100%; font-size: 13px }
 td { border: 1px solid #888; padding: 4px; text-align: center }
 thead { background: #eee }
 thead, h1 + p, .slides td:is(:first-child, :last-child), .chosen { font-weight: bold }
 p:empty, pre:empty { display: none }
-h1 { margin: 0 }
-h3 { margin: 10px 0 2px } .row p { margin: 0 0 6px } section h2 { margin: 20px 0 8px }
+h1, h1 + p { margin: 0 0 12px }
+h3 { margin: 10px 0 2px } .row p { margin: 0 0 6px } h2 { margin: 18px 0 6px }
 .text { flex: 1 1 300px } img + .table { flex: 1 1 340px } .table { flex: 2 0 auto; max-width: 100% }
 .small { font-size: 12px } pre { font-size: 11px; line-height: 1.2; white-space: pre-wrap }
 pre, .small { color: #555; margin: 2px 0 }

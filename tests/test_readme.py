@@ -19,8 +19,9 @@ def commands(file):
 
 FIRST, *OTHERS = commands(ROOT / 'README.md')
 # The groups that come with the project: others may lie beside them.
-NAMES = '''activation activation/slides batch-size degradation early-stopping holdout/lenet5 holdout/mlp
-           holdout/resnet32 learning-rate learning-rate/clip length preprocessing regularization'''.split()
+NAMES = '''activation activation/slides batch-size degradation early-stopping holdout/lenet5
+           holdout/lenet5/full holdout/mlp holdout/mlp/full holdout/resnet32 learning-rate learning-rate/clip
+           length preprocessing regularization'''.split()
 GROUPS = {name: commands(ROOT / 'results' / name / 'README.md') for name in NAMES}
 
 
