@@ -553,10 +553,10 @@ images that it is most wrong about.</p>
 def html_details(shown):
     """HTML on how the settings were measured, how they learned, and where they are wrong."""
     rows = [result_row(runs) for runs in shown]
-    lost = max(mean(row['Validation (%)']) - mean(row['Last epoch (%)']) for row in rows)
+    lost = max(run.accuracy - run.last.val_accuracy for runs in shown for run in runs)
     fitted = ', '.join(f"{row['Model']} {mean(row['Training (%)']):.1f} %" for row in rows)
     return f"""
-<section><h2>Last epoch: at most {lost:.1f} points below the best one; training: {fitted}</h2>
+<section><h2>Last epoch: at most {lost:.1f} points below a run's best; training: {fitted}</h2>
 {html_comparison(rows)}
 <p class="small">Validation: accuracy in the best epoch (early stopping), which is chosen, on the test images,
 or with --holdout on so many training images that were held out. Training: while it learns, in the last
@@ -593,7 +593,7 @@ def write_report():
     summary = read_text(RESULTS / 'README.md').split('\n\n')
     atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}
 <h1>CIFAR-10 Evaluation Report</h1>
-<p>Validation accuracy, of three seeds the mean ± standard deviation:
+<p>Validation accuracy, mean ± standard deviation:
 {', '.join(f"{runs[0].config.title} {accuracy_text(runs)}" for runs in shown) or 'see below'}</p>
 {html_slides(found)}
 {'<h2>Validation dataset accuracy plot</h2>' if shown else ''}
