@@ -419,8 +419,6 @@ REMEDIES = {
         "PyTorch can't use this GPU: add --device cpu, or install a build for it from pytorch.org.",
     'torch._(dynamo|inductor)':
         "--compile failed: leave it out.",
-    'invalid device ordinal':
-        "There are more processes than GPUs: start fewer with --nproc-per-node.",
     'surrogates not allowed':
         "A file has a name that is not in UTF-8: rename it."
 }

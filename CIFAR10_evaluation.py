@@ -53,6 +53,9 @@ def choose_device(name='auto'):
         raise UserError("Several processes can't share Apple's GPU: add --device cpu, or leave out torchrun.")
     if name == 'cuda':
         # torchrun starts a process for each GPU, and gives it a number.
+        gpus = torch.cuda.device_count()
+        if int(os.environ['LOCAL_WORLD_SIZE']) > gpus:
+            raise UserError(f"There are more processes than GPUs: start {gpus} with --nproc-per-node {gpus}.")
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         torch.backends.cudnn.allow_tf32 = False  # which rounds float32 more coarsely
     return torch.device(name)
@@ -278,7 +281,7 @@ h3 { margin: 10px 0 2px } .row p { margin: 0 0 6px } h2 { margin: 18px 0 6px }
 .small { font-size: 12px } pre { font-size: 11px; line-height: 1.2; white-space: pre-wrap }
 pre, .small { color: #555; margin: 2px 0 }
 img { max-width: 100% } .slides img { max-width: none } /* it may be scrolled */
-section > h2:last-child { display: none } /* there is no picture */
+h2:has(+ .slides:empty) { display: none } /* there is no picture */
 .row { display: flex; flex-wrap: wrap; gap: 4px 16px; align-items: start }
 .slides, .results { overflow-x: auto } /* on a narrow screen */
 /* tables of results: lines only, numbers aligned, a bar from 0 to 100 % behind each accuracy */
@@ -418,13 +421,13 @@ def result_row(runs, options=()):
     """
     config = runs[0].config
     weights = build_model(config, torch.device('cpu')).parameters()
+    epochs = [len(run.history) for run in runs]
     return {
         'Model': config.title,
         **{flag(name): config.as_given(name) for name in options if name != 'epochs'},
         'Parameters': f'{sum(map(torch.numel, weights)):,}',
         'Seeds': len(runs),
-        '--epochs': (f"{mean(len(run.history) for run in runs):g}"
-                     f"{'' if len(runs[0].history) == config.epochs else f' of {config.epochs}'}"
+        '--epochs': (f"{mean(epochs):g}{'' if min(epochs) == config.epochs else f' of {config.epochs}'}"
                      f"{'' if runs[0].finished else ', unfinished'}"),
         'Machine': '; '.join(sorted({
             f"{run.machine.get('processor')}, threads: {run.machine.get('threads')}, "

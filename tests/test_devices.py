@@ -8,7 +8,7 @@ from conftest import script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from CIFAR10_configuration import Run, UserError, configure, explain
+from CIFAR10_configuration import Run, UserError, configure
 from CIFAR10_evaluation import build_model, choose_device
 from CIFAR10_train import build_optimizer
 
@@ -73,13 +73,17 @@ def test_a_momentum_saved_in_any_layout_belongs_to_its_weights(layout):
     torch.testing.assert_close(list(model.parameters()), wanted)
 
 
-def test_processes_that_the_gpus_do_not_suffice_for_get_one_sentence(monkeypatch):
+def test_more_processes_than_gpus_get_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     assert choose_device('mps').type == 'mps'
     monkeypatch.setattr('CIFAR10_evaluation.WORLD_SIZE', 2)
     with pytest.raises(UserError, match='--device cpu'):
         choose_device('mps')
-    assert '--nproc-per-node' in explain(RuntimeError("CUDA error: invalid device ordinal\nGPU device"))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='--nproc-per-node 1'):
+        choose_device('cuda')
 
 
 @pytest.mark.parametrize('text', ["CUDA error: no kernel image is available for execution on the device\nCU",

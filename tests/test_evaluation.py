@@ -110,7 +110,8 @@ def test_a_holdout_run_says_so_and_settings_that_have_not_run_are_empty(tmp_path
     text, (slides, *_, [row]) = read_report(tmp_path)
     assert [list(line.values())[1:] for line in slides[1:]] == [
         [name] + [''] * 12 for name in ('LeNet-5', 'ResNet-32')]
-    assert '--dataset: synthetic; --holdout: 500; --hidden: 8; ' in text  # not as set
+    facts = [fact for fact in re.findall('(--.*?: .*?)[;<]', text.split('<h3>')[1]) if '--bar' not in fact]
+    assert facts == ['--dataset: synthetic', '--holdout: 500', '--hidden: 8', '--epochs: 1']  # not as set
     assert slides[0]['Accuracy'] == f"{row['Validation (%)']} %"
     assert slides[0]['Model'] == (
         'MLP (held-out images) (NOT CIFAR-10) (hidden 8, normalization batch, dropout 0.2)')

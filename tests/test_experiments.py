@@ -187,11 +187,15 @@ def test_an_unfinished_run_has_its_own_row_and_changes_no_other(tmp_path):
     for name, activation, epochs in (('0', 'elu', 9), ('1', 'elu', 90), ('2', 'elu', 90), ('3', 'maxout', 9)):
         config = replace(setting, activation=activation, epochs=epochs)
         record(tmp_path / 'results' / 'g' / name, config, [60.0] * 9)
+    stopped = replace(setting, activation='maxout', epochs=9, patience=5, seed=1)
+    for seed, accuracies in enumerate(([60.0, *range(61, 69)], [60.0] * 6)):  # the second one stopped early
+        record(tmp_path / 'results' / 'early' / str(seed), replace(stopped, seed=seed), accuracies)
     record(tmp_path / 'results' / 'lenet5', setting, [70.0] * 9)
     script(tmp_path, 'CIFAR10_evaluation.py')
     found = section(tmp_path, 'g')
     assert [(row['--activation'], row['--epochs']) for row in found.rows] == [
         ('elu', '9'), ('elu', '9 of 90, unfinished'), ('maxout', '9')]
+    assert '--epochs: 7.5 of 9' in section(tmp_path, 'early').shared
     report, (slides, *_) = read_report(tmp_path)
     assert slides[1]['Accuracy'] == '70.00 % (unfinished)' and 'LeNet-5 70.00 % (unfinished)' in report
 
@@ -271,7 +275,10 @@ def test_a_group_is_drawn_as_means_over_the_seeds_each_with_a_colour_and_a_label
 
 
 @pytest.mark.parametrize('counts, figures', [((6,), 1), ((7,), 0), ((2, 3), 1), ((2, 2, 2), 0), ((1, 1), 1)])
-def test_a_group_of_many_curves_is_a_table_alone(counts, figures, tmp_path):
+def test_a_group_of_many_curves_is_a_table_alone(counts, figures, tmp_path, monkeypatch):
+    labels, plot_group = [], CIFAR10_evaluation.plot_group
+    monkeypatch.setattr(CIFAR10_evaluation, 'plot_group',
+                        lambda curves, file: [labels.extend(curves), plot_group(curves, file)])
     for values in product(*map(range, counts)):
         changes = dict(zip(('warmup', 'clip', 'weight_decay'), map(float, values)), epochs=1, gamma=0.5)
         record(tmp_path / 'results' / 'g' / '-'.join(map(str, values)),
@@ -279,6 +286,8 @@ def test_a_group_of_many_curves_is_a_table_alone(counts, figures, tmp_path):
     script(tmp_path, 'CIFAR10_evaluation.py')
     assert section(tmp_path, 'g').html.count('<img ') == figures
     assert (tmp_path / 'results' / 'g' / 'group.png').exists() == bool(figures)
+    if figures and max(counts) > 1:
+        assert all(f'{name} 1' in str(labels) for name, count in zip(('warmup', 'clip'), counts) if count > 1)
 
 
 def test_a_settings_figures_show_accuracies_early_stopping_losses_and_learning_rate(drawn, tmp_path):
