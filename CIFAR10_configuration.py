@@ -298,6 +298,11 @@ class Run:
         done = len(self.history)
         return done >= self.config.epochs or (done > 0 and done - self.best.epoch >= self.config.patience)
 
+    @property
+    def title(self):
+        """What figures and texts call the run."""
+        return f"{self.config.title}{'' if self.finished else ' (unfinished)'}"
+
     def write(self):
         """Write history.csv and config.json."""
         table = io.BytesIO()

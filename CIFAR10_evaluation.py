@@ -187,7 +187,7 @@ def evaluate_run(run, data_dir, device):
 # Drawn at the size at which the report shows it, in colours that differ in grey print too
 style.use(['default', {
     'figure.constrained_layout.use': True, 'figure.dpi': 192, 'font.size': 9, 'axes.titlesize': 'medium',
-    'legend.fontsize': 8, 'legend.title_fontsize': 8,
+    'legend.fontsize': 8,
     'axes.prop_cycle': "cycler('color', ['1b2f6b', 'e8590c', '7fc8f8', '2b8a3e', 'b46bd6', 'b59f00'])"}])
 
 
@@ -364,8 +364,7 @@ def mean_std(numbers):
 
 def accuracy_text(runs):
     """The accuracy of runs that differ only in their seed."""
-    return (f"{mean_std([run.accuracy for run in runs])} %{f' ({len(runs)} seeds)' if len(runs) > 1 else ''}"
-            f"{'' if runs[0].finished else ' (unfinished)'}")
+    return f"{mean_std([run.accuracy for run in runs])} %{f' ({len(runs)} seeds)' if len(runs) > 1 else ''}"
 
 
 def drop_epochs(run):
@@ -385,7 +384,7 @@ def html_setting(number, setting, runs):
            f"dropout {config.dropout:g})")
     drops = ', '.join(f'{epoch:.0f}' for epoch in drop_epochs(runs[0]))
     return f"""<tr><td>Setting #{number}</td>
-<td>{config.title} {mlp if config.model == 'mlp' else ''}
+<td>{runs[0].title} {mlp if config.model == 'mlp' else ''}
 {f'(clip {config.clip:g})' if config.clip else ''}</td>
 <td>{'X' if runs[0].machine.get('device') == 'cpu' else 'O'}</td>
 <td>{config.batch_size}</td>
@@ -423,12 +422,11 @@ def result_row(runs, options=()):
     weights = build_model(config, torch.device('cpu')).parameters()
     epochs = [len(run.history) for run in runs]
     return {
-        'Model': config.title,
+        'Model': runs[0].title,
         **{flag(name): config.as_given(name) for name in options if name != 'epochs'},
         'Parameters': f'{sum(map(torch.numel, weights)):,}',
         'Seeds': len(runs),
-        '--epochs': (f"{mean(epochs):g}{'' if min(epochs) == config.epochs else f' of {config.epochs}'}"
-                     f"{'' if runs[0].finished else ', unfinished'}"),
+        '--epochs': f"{mean(epochs):g}{'' if min(epochs) == config.epochs else f' of {config.epochs}'}",
         'Machine': '; '.join(sorted({
             f"{run.machine.get('processor')}, threads: {run.machine.get('threads')}, "
             f"{run.machine.get('precision', 'precision unknown')}" for run in runs})),
@@ -471,8 +469,8 @@ def html_comparison(rows, chosen=()):
 
 def describe(runs):
     """Model, accuracy and epochs of runs that differ only in their seed."""
-    return (f"{runs[0].config.title}: {mean(run.accuracy for run in runs):.1f} % in "
-            f"{mean(len(run.history) for run in runs):g} epochs{'' if runs[0].finished else ' (unfinished)'}")
+    return (f"{runs[0].title}: {mean(run.accuracy for run in runs):.1f} % in "
+            f"{mean(len(run.history) for run in runs):g} epochs")
 
 
 def html_picture(file, words):
@@ -536,14 +534,15 @@ def html_classes(runs):
         return ''
     # Its rows in percent
     shares = matrix / matrix.sum(1, keepdim=True) * 100
-    names, title = CLASSES[runs[0].config.dataset], runs[0].config.title
+    names = CLASSES[runs[0].config.dataset]
     # The class of which fewest images are right, and the wrong class that most of it are taken for
     worst = shares.diag().argmin()
     wrong = shares.clone().fill_diagonal_(0)[worst]
     rows = [{'Class': name, **{f'as {other} (%)': (share,) for other, share in zip(names, line)}}
             for name, line in zip(names, shares.tolist())]
     return f"""
-<section><h2>Hardest for {title} is {names[worst]}: {shares[worst, worst]:.1f} % of these images are right;
+<section><h2>Hardest for {runs[0].config.title} is
+{names[worst]}: {shares[worst, worst]:.1f} % of these images are right;
 {wrong.max():.1f} % are taken for {names[wrong.argmax()]}</h2>
 <div class="results">{html_table(rows)}</div>
 <p class="small">Confusion matrix of the first seed: what it takes the images of each class for. Below, the
@@ -597,7 +596,7 @@ def write_report():
     atomic_write(RESULTS / 'report.html', f"""{HTML_HEAD}
 <h1>CIFAR-10 Evaluation Report</h1>
 <p>Validation accuracy, mean ± standard deviation:
-{', '.join(f"{runs[0].config.title} {accuracy_text(runs)}" for runs in shown) or 'see below'}</p>
+{', '.join(f"{runs[0].title} {accuracy_text(runs)}" for runs in shown) or 'see below'}</p>
 {html_slides(found)}
 {'<h2>Validation dataset accuracy plot</h2>' if shown else ''}
 <div class="row">{pictures}</div>
@@ -622,7 +621,11 @@ def read_picture(file):
 
 
 def predict_pictures(names, weights, model, classes, device):
-    """Print the class of each picture and its probability, by a model whose weights are of that file."""
+    """Print the class of each picture and its probability, by a model whose weights are of that file.
+
+    Returns whether each picture could be read.
+    """
+    all_read = True
     for name in names:
         # Windows leaves it to the program to find the files that *.jpg means.
         for file in [name] if os.path.exists(name) else glob(name) or [name]:
@@ -631,9 +634,11 @@ def predict_pictures(names, weights, model, classes, device):
                 image = read_picture(file).to(device)
             except Exception as error:  # it is missing, or damaged, whatever makes the decoders raise
                 print(f"{file}: not a picture that can be read ({str(error) or type(error).__name__})")
+                all_read = False
                 continue
             probability, label = predict(model, image[None])[0].softmax(0).max(0)
             print(f"{file}: {classes[label]}, {probability:.1%} sure ({model.config.title}: {weights})")
+    return all_read
 
 
 def submit(name):
@@ -710,7 +715,8 @@ def main():
         asked = [Run.read(RESULTS / options.name)] if options.name else read_runs()
         runs = [run for run in asked if (run.folder / 'best.pt').exists()]
         if not runs and (options.name or options.predict):
-            raise UserError(f"{RESULTS / (options.name or '')} has no run with weights: train one.")
+            folder = RESULTS.absolute() / (options.name or '')
+            raise UserError(f"{folder} has no run with weights: train one.")
         if not options.predict:
             agree = evaluate_and_report(runs, options.data_dir, device)
             if options.submit:
@@ -723,7 +729,8 @@ def main():
     model = load_model(weights, name, device)
     dataset = options.dataset or model.config.dataset
     if options.predict:
-        predict_pictures(options.predict, weights, model, CLASSES[dataset], device)
+        all_read = predict_pictures(options.predict, weights, model, CLASSES[dataset], device)
+        raise SystemExit(0 if all_read else 2)
     else:
         _, data = data_load(dataset, options.data_dir, device=device)
         print(f"{weights}: {evaluate(model, data)[1]:.2f} % of the {len(data):,} test images of "

@@ -359,14 +359,12 @@ def train_group(configs, options, device):
 
     Where one of a group diverges, the others are trained. Raises Diverged where none is left.
     """
-    # The runs of the group, if it is one, by configuration; all names lie in one folder.
+    # The finished runs of the group, if it is one, by configuration; all names lie in one folder.
     group = next(iter(configs)).rpartition('/')[0]
-    found = {run.config: run for run in read_runs(f'{group}/*')} if group else {}
+    found = {run.config: run for run in read_runs(f'{group}/*') if run.finished} if group else {}
     runs = []
     for name, config in configs.items():
-        run = found.get(config)
-        run = from_process_0(run if run and run.finished else None)
-        if run:
+        if run := from_process_0(found.get(config)):
             print(f"{run.folder} is finished.")
             runs.append(run)
             continue

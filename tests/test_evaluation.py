@@ -212,6 +212,7 @@ def test_predict_names_the_class_of_each_picture_by_the_weights_that_are_asked(t
         assert any(f': {name}, ' in line for name in names) and '% sure' in line
     named = script(trained[0], f'CIFAR10_evaluation.py --name lenet5 --predict "{tmp_path / "a b.png"}"')
     assert named.stdout.split(': ')[1].split(' (')[0] == own[0].split(': ')[1].split(' (')[0]
+    assert named.returncode == 0
 
 
 @pytest.mark.parametrize('options', [

@@ -193,11 +193,11 @@ def test_an_unfinished_run_has_its_own_row_and_changes_no_other(tmp_path):
     record(tmp_path / 'results' / 'lenet5', setting, [70.0] * 9)
     script(tmp_path, 'CIFAR10_evaluation.py')
     found = section(tmp_path, 'g')
-    assert [(row['--activation'], row['--epochs']) for row in found.rows] == [
-        ('elu', '9'), ('elu', '9 of 90, unfinished'), ('maxout', '9')]
+    assert [(row['Model'], row['--activation'], row['--epochs']) for row in found.rows] == [
+        ('LeNet-5', 'elu', '9'), ('LeNet-5 (unfinished)', 'elu', '9 of 90'), ('LeNet-5', 'maxout', '9')]
     assert '--epochs: 7.5 of 9' in section(tmp_path, 'early').shared
     report, (slides, *_) = read_report(tmp_path)
-    assert slides[1]['Accuracy'] == '70.00 % (unfinished)' and 'LeNet-5 70.00 % (unfinished)' in report
+    assert slides[1]['Model'] == 'LeNet-5 (unfinished)' and 'LeNet-5 (unfinished) 70.00 %' in report
 
 
 def test_a_group_in_a_settings_folder_leaves_its_figure(tmp_path):
@@ -298,7 +298,7 @@ def test_a_settings_figures_show_accuracies_early_stopping_losses_and_learning_r
     np.testing.assert_allclose(one.get_ydata(), [15, 35, 40])
     np.testing.assert_allclose(training.get_xydata(), [[1, 16], [2, 36], [3, 41]])
     np.testing.assert_allclose(star.get_xydata(), [[3, 50]])  # the mean of 30 % at 2 and of 70 % at 4
-    assert axes.get_title() == 'LeNet-5: 50.0 % in 3.5 epochs (unfinished)' and axes.get_ylim() == (0, 100)
+    assert axes.get_title() == 'LeNet-5 (unfinished): 50.0 % in 3.5 epochs' and axes.get_ylim() == (0, 100)
     assert [list(line.get_ydata()) for line in left.lines] == [[2, 1, 0], [3, 2, 1]]
     np.testing.assert_allclose(right.lines[0].get_ydata(), [0.1, 0.1, 0.01])
     assert [line.get_color() for line in left.lines] == [one.get_color(), training.get_color()]

@@ -116,7 +116,9 @@ def test_bad_pictures_are_named_and_the_others_predicted(lenet5, tmp_path):
     for number, content in enumerate(damaged((tmp_path / 'p.png').read_bytes(), 40)):
         (tmp_path / f'bad{number}.png').write_bytes(content)
     names = ['missing.png', '.', *(f'bad{number}.png' for number in range(40)), *good]
-    lines = script(tmp_path, f"CIFAR10_evaluation.py --predict {' '.join(names)}").stdout.splitlines()
+    done = script(tmp_path, f"CIFAR10_evaluation.py --predict {' '.join(names)}")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 2
     assert all(line.startswith(f'{name}: ') for name, line in zip(names, lines, strict=True))
     refused = ['not a picture that can be read' in line for line in lines]
     assert all(refused[:2]) and 'No such file' in lines[0] and sum(refused) >= 35
