@@ -287,6 +287,7 @@ h2:has(+ .slides:empty) { display: none } /* there is no picture */
 /* tables of results: lines only, numbers aligned, a bar from 0 to 100 % behind each accuracy */
 .results table { font-size: 12px; font-variant-numeric: tabular-nums }
 .results td { border-width: 0 0 1px; padding: 2px 4px; text-align: left; white-space: nowrap }
+img + .table tbody td:not([style]) { white-space: normal } /* beside a picture there is less room */
 .results td[style] { background: linear-gradient(#cfe3f3, #cfe3f3) 0 / var(--bar) no-repeat content-box;
   print-color-adjust: exact }
 @page { size: A4 landscape; margin: 1cm }
