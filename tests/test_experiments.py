@@ -197,7 +197,8 @@ def test_an_unfinished_run_has_its_own_row_and_changes_no_other(tmp_path):
         ('LeNet-5', 'elu', '9'), ('LeNet-5 (unfinished)', 'elu', '9 of 90'), ('LeNet-5', 'maxout', '9')]
     assert '--epochs: 7.5 of 9' in section(tmp_path, 'early').shared
     report, (slides, *_) = read_report(tmp_path)
-    assert slides[1]['Model'] == 'LeNet-5 (unfinished)' and 'LeNet-5 (unfinished) 70.00 %' in report
+    assert slides[1]['Model'] == 'LeNet-5 (unfinished)' and slides[1]['Accuracy'] == '70.00 %'
+    assert 'LeNet-5 (unfinished) 70.00 %' in report
 
 
 def test_a_group_in_a_settings_folder_leaves_its_figure(tmp_path):
