@@ -175,7 +175,7 @@ def test_where_one_option_of_a_setting_varies_the_setting_is_compared_too(tmp_pa
         config = replace(SETTINGS['lenet5'], **changes)
         record(tmp_path / 'results' / name, config, [50] * (config.epochs - 1) + [60])
     script(tmp_path, 'CIFAR10_evaluation.py')
-    assert [row['--epochs'] for row in section(tmp_path, 'long').rows] == ['100', '120', '150']
+    assert [row['--epochs'] for row in section(tmp_path, 'long').rows] == ['100', '120', '300']
     report, slow = read_report(tmp_path)[0], section(tmp_path, 'slow')
     assert report.index('<h3>slow</h3>') < report.index('<h3>long</h3>')  # single runs come first
     assert len(slow.rows) == 1 and '--learning-rate: 0.01' in slow.shared
@@ -203,10 +203,10 @@ def test_an_unfinished_run_has_its_own_row_and_changes_no_other(tmp_path):
 
 def test_a_group_in_a_settings_folder_leaves_its_figure(tmp_path):
     folder = tmp_path / 'results' / 'lenet5'
-    record(folder, SETTINGS['lenet5'], [70.0] * 150)
+    record(folder, SETTINGS['lenet5'], [70.0] * 300)
     script(tmp_path, 'CIFAR10_evaluation.py')
     figure = (folder / 'accuracy.png').read_bytes()
-    record(folder / 'slow', replace(SETTINGS['lenet5'], learning_rate=0.01), [60.0] * 150)
+    record(folder / 'slow', replace(SETTINGS['lenet5'], learning_rate=0.01), [60.0] * 300)
     script(tmp_path, 'CIFAR10_evaluation.py')
     assert section(tmp_path, 'lenet5').html.count('<img ') == 1
     assert (folder / 'accuracy.png').read_bytes() == figure
@@ -220,7 +220,7 @@ def test_a_group_in_a_settings_folder_leaves_its_figure(tmp_path):
     (b'\xff', 'g', '', ''), (None, 'g', '', '')])
 def test_a_groups_text_has_heading_and_commands_wherever(written, heading, text, commands, tmp_path):
     # A text shows a group of a setting's seed alone, too.
-    record(tmp_path / 'results' / 'g' / '0', SETTINGS['lenet5'], [60.0] * 150)
+    record(tmp_path / 'results' / 'g' / '0', SETTINGS['lenet5'], [60.0] * 300)
     file = tmp_path / 'results' / 'g' / 'README.md'
     if written is None:
         file.mkdir()  # what can't be read stops no report
