@@ -202,11 +202,11 @@ def test_an_unfinished_run_has_its_own_row_and_changes_no_other(tmp_path):
 
 
 def test_a_group_in_a_settings_folder_leaves_its_figure(tmp_path):
-    folder = tmp_path / 'results' / 'lenet5'
-    record(folder, SETTINGS['lenet5'], [70.0] * 300)
+    folder, setting = tmp_path / 'results' / 'lenet5', SETTINGS['lenet5']
+    record(folder, setting, [70.0] * setting.epochs)
     script(tmp_path, 'CIFAR10_evaluation.py')
     figure = (folder / 'accuracy.png').read_bytes()
-    record(folder / 'slow', replace(SETTINGS['lenet5'], learning_rate=0.01), [60.0] * 300)
+    record(folder / 'slow', replace(setting, learning_rate=0.01), [60.0] * setting.epochs)
     script(tmp_path, 'CIFAR10_evaluation.py')
     assert section(tmp_path, 'lenet5').html.count('<img ') == 1
     assert (folder / 'accuracy.png').read_bytes() == figure
@@ -220,7 +220,7 @@ def test_a_group_in_a_settings_folder_leaves_its_figure(tmp_path):
     (b'\xff', 'g', '', ''), (None, 'g', '', '')])
 def test_a_groups_text_has_heading_and_commands_wherever(written, heading, text, commands, tmp_path):
     # A text shows a group of a setting's seed alone, too.
-    record(tmp_path / 'results' / 'g' / '0', SETTINGS['lenet5'], [60.0] * 300)
+    record(tmp_path / 'results' / 'g' / '0', SETTINGS['lenet5'], [60.0] * SETTINGS['lenet5'].epochs)
     file = tmp_path / 'results' / 'g' / 'README.md'
     if written is None:
         file.mkdir()  # what can't be read stops no report
